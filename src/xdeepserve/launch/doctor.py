@@ -1,0 +1,86 @@
+"""`xdeepserve doctor`: what this machine can do, which instruction set is used, leftovers."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from pathlib import Path
+
+from xdeepserve import __version__, envs
+from xdeepserve.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--measure", action="store_true", help="also measure bandwidth and GEMM")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one `name: value` line per fact; returns 1 when serving would not work."""
+    _show("xdeepserve", __version__)
+    _show("python", f"{platform.python_version()} ({sys.executable})")
+    _show("machine", f"{platform.machine()}, {_cpu_name()}")
+    _show("cores usable", str(len(os.sched_getaffinity(0))))
+    _show("memory", f"{_memory_bytes() / 2**30:.1f} GiB")
+    healthy = _show_native()
+    for env in envs.ALL:
+        _show(env.name, f"{env.get()}  ({env.doc})")
+    _show_storage(envs.HOME.get())
+    if args.measure and healthy:
+        _show_ceilings()
+    return 0 if healthy else 1
+
+
+def _show(name: str, value: str) -> None:
+    print(f"{name + ':':24} {value}")
+
+
+def _show_native() -> bool:
+    try:
+        from xdeepserve.ops import get_ops, machine
+
+        get_ops("cpu")
+    except (ConfigError, ImportError) as exc:
+        _show("native core", f"NOT USABLE: {exc}; reinstall with a C++ compiler present")
+        return False
+    _show("native core", machine.compiler())
+    _show("instruction sets", f"{', '.join(machine.available_isas())} (in use: {machine.isa()})")
+    _show("operator threads", str(machine.num_threads()))
+    return True
+
+
+def _show_storage(home: Path) -> None:
+    from xdeepserve.models.packed_file import find_leftovers
+
+    for name in ("models", "packed"):
+        folder = home / name
+        files = [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+        size = sum(path.stat().st_size for path in files)
+        _show(f"{name} on disk", f"{len(files)} files, {size / 2**20:.0f} MiB in {folder}")
+    leftovers = find_leftovers(home)
+    _show("leftovers", ", ".join(map(str, leftovers)) or "none")
+
+
+def _show_ceilings() -> None:
+    from xdeepserve.ops import machine
+
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+        ceilings = machine.measure_ceilings(threads)
+        text = ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items())
+        _show(f"ceilings, {threads} threads", text)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown processor"
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

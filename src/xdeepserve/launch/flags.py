@@ -1,0 +1,52 @@
+"""Command-line flags generated from the config dataclasses: name, type, default and help text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import Field, fields
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+
+
+def add_config_flags(
+    parser: argparse.ArgumentParser, config: type[Any], *, only: Iterable[str] = ()
+) -> None:
+    """Add one `--kebab-case` flag per field of a config dataclass.
+
+    Args:
+        parser: receives an argument group named after the class's docstring.
+        config: a dataclass whose fields were declared with `config.option`.
+        only: restrict to these field names; empty = all.
+    """
+    group = parser.add_argument_group((config.__doc__ or config.__name__).rstrip("."))
+    wanted = set(only)
+    for field in fields(config):
+        if not wanted or field.name in wanted:
+            _add_flag(group, field)
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: Field[Any]) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    text = f"{field.metadata['doc']} (default: {field.default})".replace("%", "%%")
+    if field.type == "bool":
+        action = argparse.BooleanOptionalAction
+        group.add_argument(flag, action=action, default=field.default, help=text)
+        return
+    parse = _TYPES[str(field.type)]
+    metavar = str(field.type).upper()
+    group.add_argument(flag, type=parse, default=field.default, metavar=metavar, help=text)
+
+
+def config_from_args(config: type[C], args: argparse.Namespace) -> C:
+    """Build the frozen config from parsed flags; fields without a flag keep their default.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    names = {field.name for field in fields(config)}  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return config(**given)
