@@ -1,0 +1,1 @@
+"""Strings live here: tokenizer, chat templates, incremental detokenizer, stop strings."""

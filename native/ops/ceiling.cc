@@ -1,0 +1,72 @@
+// Measures what the machine can do at best, to hold the operators against it.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "ops.h"
+
+namespace xds {
+namespace {
+
+template <class Body>
+double best_seconds(int repeats, Body&& body) {
+  using Clock = std::chrono::steady_clock;
+  double best = 1e30;
+  for (int i = 0; i <= repeats; ++i) {  // the first run warms up
+    const auto start = Clock::now();
+    body();
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    if (i > 0) best = std::min(best, seconds);
+  }
+  return best;
+}
+
+}  // namespace
+
+double read_bandwidth(Context& ctx, int64_t bytes, int repeats) {
+  constexpr int64_t kChunk = 1 << 18;  // floats
+  const int64_t chunks = std::max<int64_t>(1, bytes / 4 / kChunk);
+  Scratch memory;
+  float* data = memory.get<float>(chunks * kChunk);
+  std::fill_n(data, chunks * kChunk, 1.0f);
+  std::vector<float> sums(static_cast<size_t>(chunks));
+  const double seconds = best_seconds(repeats, [&] {
+    ctx.pool.for_each(chunks, [&](int64_t i, int) {
+      sums[static_cast<size_t>(i)] = ctx.kernels.read_floats(data + i * kChunk, kChunk);
+    });
+  });
+  return static_cast<double>(chunks * kChunk * 4) / seconds;
+}
+
+double gemm_peak(Context& ctx, DType dtype, int repeats) {
+  constexpr int64_t kRows = 48, kSteps = 64, kCalls = 2000;
+  const int64_t row_bytes = kSteps * step_width(dtype) * 4;
+  const double seconds = best_seconds(repeats, [&] {
+    ctx.pool.run([&](int) {
+      Scratch a, b, c, scales;
+      PanelTask task{};
+      task.a = static_cast<uint8_t*>(std::memset(a.get<uint8_t>(kRows * row_bytes), 0,
+                                                 static_cast<size_t>(kRows * row_bytes)));
+      task.b = static_cast<uint8_t*>(
+          std::memset(b.get<uint8_t>(kSteps * kStepBytes), 0, kSteps * kStepBytes));
+      float* ones = scales.get<float>(kRows + 2 * kPanel);
+      std::fill_n(ones, kRows + 2 * kPanel, 1.0f);
+      task.a_stride = row_bytes;
+      task.rows = kRows;
+      task.steps = kSteps;
+      task.c = c.get<float>(kRows * kPanel);
+      task.c_stride = task.cols = kPanel;
+      task.row_scale = ones;
+      task.row_scale_stride = 1;
+      task.col_scale = ones + kRows;
+      task.col_sum = reinterpret_cast<const int32_t*>(ones + kRows + kPanel);
+      for (int64_t i = 0; i < kCalls; ++i) {
+        ctx.kernels.panel_gemm[static_cast<int>(dtype)](task);
+      }
+    });
+  });
+  const double work = 2.0 * kRows * kSteps * step_width(dtype) * kPanel * kCalls;
+  return work * ctx.pool.size() / seconds;
+}
+
+}  // namespace xds

@@ -1,0 +1,215 @@
+// Linear layers, norms and feed-forward networks: the split of the work over threads.
+#include <algorithm>
+
+#include "ops.h"
+
+namespace xds {
+namespace {
+
+constexpr int64_t kRowChunk = 96;     // rows of one work item; the panel stays in cache for them
+constexpr int64_t kSmallWork = 16384;  // elements below which waking threads costs more than it saves
+
+// Rows as panel_gemm reads them.
+struct Activations {
+  const uint8_t* data;
+  ptrdiff_t stride;  // bytes
+  const float* row_scale;
+};
+
+// The rows of x that meet one group of a weight, and where the results go.
+struct Product {
+  const uint8_t* a;
+  ptrdiff_t a_stride;
+  int64_t rows;
+  const float* row_scale;
+  int64_t row_scale_stride;
+  int64_t group;
+  float* c;
+  int64_t c_stride;
+};
+
+template <class Body>
+void for_rows(Context& ctx, int64_t rows, int64_t width, Body&& body) {
+  if (rows * width < kSmallWork) {
+    for (int64_t row = 0; row < rows; ++row) body(row, 0);
+    return;
+  }
+  const int64_t chunk = std::max<int64_t>(1, kSmallWork / 4 / std::max<int64_t>(1, width));
+  ctx.pool.for_each((rows + chunk - 1) / chunk, [&](int64_t item, int thread) {
+    const int64_t end = std::min(rows, (item + 1) * chunk);
+    for (int64_t row = item * chunk; row < end; ++row) body(row, thread);
+  });
+}
+
+void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n, uint8_t* out,
+                 float* scale) {
+  if (dtype == DType::kBf16) return kernels.prepare_bf16(x, n, out);
+  auto* bytes = reinterpret_cast<int8_t*>(out);
+  *scale = kernels.quantize_row(x, n, bytes);
+  std::fill(bytes + n, bytes + round_up(n, 4), int8_t{0});
+  if (!kernels.s8_offset) return;
+  for (int64_t i = 0; i < round_up(n, 4); ++i) out[i] ^= 0x80;  // + 128
+}
+
+// The rows of x [rows, n] (row stride `stride`) in the form the GEMM of `dtype` reads. With
+// swiglu, a row is silu(x[:n]) * x[n:2n], computed in place first.
+Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t stride, DType dtype,
+                    bool swiglu) {
+  const Kernels& kernels = ctx.kernels;
+  Activations out{reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
+  if (dtype == DType::kFloat32 && !swiglu) return out;
+  uint8_t* data = nullptr;
+  float* scales = nullptr;
+  if (dtype != DType::kFloat32) {
+    const int64_t item = dtype == DType::kBf16 ? kernels.bf16_item : 1;
+    out.stride = round_up(round_up(n, step_width(dtype)) * item, 64);
+    out.data = data = ctx.activations.get<uint8_t>(rows * out.stride);
+    out.row_scale = scales = ctx.row_scales.get<float>(rows);
+  }
+  for_rows(ctx, rows, n, [&](int64_t row, int) {
+    float* values = x + row * stride;
+    if (swiglu) kernels.silu_mul_row(values, values + n, n, values);
+    if (data) prepare_row(kernels, dtype, values, n, data + row * out.stride, scales + row);
+  });
+  return out;
+}
+
+// x is read only: without swiglu, prepare() does not write to it.
+Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType dtype) {
+  return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false);
+}
+
+void multiply_panel(const Kernels& kernels, const Product& p, const Weight& w, int64_t panel,
+                    int64_t first_row, const float* bias) {
+  PanelTask task{};
+  task.a = p.a + first_row * p.a_stride;
+  task.a_stride = p.a_stride;
+  task.rows = std::min(kRowChunk, p.rows - first_row);
+  task.b = w.panel(p.group, panel);
+  task.steps = w.steps();
+  task.c = p.c + first_row * p.c_stride + panel * kPanel;
+  task.c_stride = p.c_stride;
+  task.cols = std::min(kPanel, w.n - panel * kPanel);
+  task.bias = bias == nullptr ? nullptr : bias + panel * kPanel;
+  if (w.dtype == DType::kInt8) {
+    task.row_scale = p.row_scale + first_row * p.row_scale_stride;
+    task.row_scale_stride = p.row_scale_stride;
+    task.col_scale = w.scales(p.group) + panel * kPanel;
+    task.col_sum = w.column_sums(p.group) + panel * kPanel;
+  }
+  kernels.panel_gemm[static_cast<int>(w.dtype)](task);
+}
+
+// Work items are (product, row chunk, panel), spread over the threads.
+void multiply(Context& ctx, const std::vector<Product>& products, const Weight& w,
+              const float* bias = nullptr) {
+  std::vector<int64_t> first_item{0};  // of each product
+  for (const Product& p : products) {
+    const int64_t chunks = (p.rows + kRowChunk - 1) / kRowChunk;
+    first_item.push_back(first_item.back() + chunks * w.panels());
+  }
+  auto body = [&](int64_t item, int) {
+    const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
+    const size_t index = static_cast<size_t>(after - first_item.begin()) - 1;
+    const int64_t local = item - first_item[index];
+    multiply_panel(ctx.kernels, products[index], w, local % w.panels(),
+                   local / w.panels() * kRowChunk, bias);
+  };
+  const int64_t items = first_item.back();
+  if (items * w.k * kPanel < kSmallWork) {
+    for (int64_t item = 0; item < items; ++item) body(item, 0);
+  } else {
+    ctx.pool.for_each(items, body);
+  }
+}
+
+// One product per expert that has rows; rows of `a` and `c` are sorted by expert.
+std::vector<Product> by_expert(const Activations& a, const int32_t* counts, const Weight& w,
+                               float* c, int64_t c_stride) {
+  std::vector<Product> products;
+  int64_t first = 0;
+  for (int64_t group = 0; group < w.groups; ++group) {
+    const int64_t rows = counts[group];
+    if (rows > 0) {
+      products.push_back({a.data + first * a.stride, a.stride, rows,
+                          a.row_scale == nullptr ? nullptr : a.row_scale + first, 1, group,
+                          c + first * c_stride, c_stride});
+    }
+    first += rows;
+  }
+  return products;
+}
+
+}  // namespace
+
+void pack_weight(Context& ctx, const float* values, const Weight& shape, uint8_t* out) {
+  ctx.pool.for_each(shape.groups * shape.panels(), [&](int64_t item, int) {
+    pack_panel(values, shape, item / shape.panels(), item % shape.panels(), out);
+  });
+}
+
+void embed(Context& ctx, Elements table, int64_t width, const int32_t* ids, int64_t tokens,
+           float* out) {
+  for_rows(ctx, tokens, width, [&](int64_t t, int) {
+    const int64_t at = ids[t] * width;
+    if (table.bf16) {
+      ctx.kernels.from_bf16_row(static_cast<const uint16_t*>(table.data) + at, width,
+                                out + t * width);
+    } else {
+      std::copy_n(static_cast<const float*>(table.data) + at, width, out + t * width);
+    }
+  });
+}
+
+void linear(Context& ctx, const float* x, int64_t rows, const Weight& w, const float* bias,
+            float* out) {
+  const Activations a = prepare(ctx, x, rows, w.k, w.dtype);
+  multiply(ctx, {{a.data, a.stride, rows, a.row_scale, 1, 0, out, w.n}}, w, bias);
+}
+
+void grouped_linear(Context& ctx, const float* x, int64_t tokens, const Weight& w, float* out) {
+  const Activations a = prepare(ctx, x, tokens * w.groups, w.k, w.dtype);
+  std::vector<Product> products;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    products.push_back({a.data + g * a.stride, a.stride * w.groups, tokens,
+                        a.row_scale == nullptr ? nullptr : a.row_scale + g, w.groups, g,
+                        out + g * w.n, w.groups * w.n});
+  }
+  multiply(ctx, products, w);
+}
+
+void rms_norm(Context& ctx, const float* x, const float* weight, int64_t rows, int64_t n, float eps,
+              float* out) {
+  for_rows(ctx, rows, n, [&](int64_t row, int) {
+    ctx.kernels.rms_norm_row(x + row * n, weight, n, eps, out + row * n);
+  });
+}
+
+void add_rms_norm(Context& ctx, const float* residual, const float* x, const float* weight,
+                  int64_t rows, int64_t n, float eps, float* sum, float* out) {
+  for_rows(ctx, rows, n, [&](int64_t row, int) {
+    const int64_t at = row * n;
+    ctx.kernels.add_row(residual + at, x + at, n, sum + at);
+    ctx.kernels.rms_norm_row(sum + at, weight, n, eps, out + at);
+  });
+}
+
+void quantize_rows(Context& ctx, const float* x, int64_t rows, int64_t n, int8_t* out,
+                   float* scales) {
+  for_rows(ctx, rows, n, [&](int64_t row, int) {
+    scales[row] = ctx.kernels.quantize_row(x + row * n, n, out + row * n);
+  });
+}
+
+void expert_mlp(Context& ctx, const float* x, const int32_t* counts, const Weight& gate_up,
+                const Weight& down, float* out) {
+  int64_t rows = 0;
+  for (int64_t e = 0; e < gate_up.groups; ++e) rows += counts[e];
+  float* hidden = ctx.hidden.get<float>(rows * gate_up.n);
+  const Activations in = prepare(ctx, x, rows, gate_up.k, gate_up.dtype);
+  multiply(ctx, by_expert(in, counts, gate_up, hidden, gate_up.n), gate_up);
+  const Activations mid = prepare(ctx, hidden, rows, down.k, gate_up.n, down.dtype, true);
+  multiply(ctx, by_expert(mid, counts, down, out, down.n), down);
+}
+
+}  // namespace xds

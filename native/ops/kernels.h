@@ -1,0 +1,103 @@
+// The table of single-threaded kernels that each instruction set provides.
+//
+// One source (kernels_*.inl) is compiled once per instruction set over a 16-lane vector type; the
+// lanes, the order of every reduction and the polynomial of exp are the same everywhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace xds {
+
+// One panel of a GEMM: c[rows, cols] = a[rows, k] times up to 32 output features (+ bias).
+struct PanelTask {
+  const uint8_t* a;      // prepared activations: float32, or prepare_bf16 / quantize_row rows
+  ptrdiff_t a_stride;    // bytes between rows
+  int64_t rows;
+  const uint8_t* b;      // panel, see layout.h
+  int64_t steps;         // k-steps of the panel
+  float* c;
+  ptrdiff_t c_stride;    // floats between rows
+  int64_t cols;          // 1 to 32
+  const float* bias;     // [cols] or null
+  // int8 only:
+  const float* row_scale;
+  ptrdiff_t row_scale_stride;
+  const float* col_scale;
+  const int32_t* col_sum;
+};
+
+// Attention of some query rows of one sequence over one head of its paged cache.
+struct AttendTask {
+  const float* q;          // [rows, key_dim]
+  int64_t rows;            // tokens * rows_per_token
+  int64_t rows_per_token;  // query heads that share the kv head
+  int64_t first_length;    // positions seen by the first token; each next one sees one more
+  int64_t key_dim;
+  int64_t value_dim;
+  float scale;
+  const void* keys;        // cache at (block 0, this head, slot 0)
+  const void* values;      // null: the first value_dim entries of the key row
+  bool bf16;
+  int64_t key_block_stride;  // elements between blocks
+  int64_t value_block_stride;
+  int64_t block_size;
+  const int32_t* block_table;
+  float* out;              // [rows, value_dim]
+  float* scratch;          // attend_scratch() floats
+};
+
+inline constexpr int64_t kPartition = 64;      // positions of one attention partition
+inline constexpr int64_t kMaxAttendRows = 256;  // query rows of one task
+
+// Floats of scratch that a task needs.
+inline int64_t attend_scratch(int64_t rows, int64_t key_dim, int64_t value_dim) {
+  const int64_t value_pad = (value_dim + 15) / 16 * 16;
+  return key_dim * kPartition + kPartition * value_pad + rows * (kPartition + 2 * value_pad + 2) +
+         16 * ((key_dim + 15) / 16 * 16);
+}
+
+struct Kernels {
+  const char* name;
+  bool s8_offset;  // int8 activations of panel_gemm are stored as value + 128
+  int64_t bf16_item;  // bytes per element of a prepare_bf16 row (2 or 4)
+
+  void (*panel_gemm[3])(const PanelTask& task);  // by DType
+  // Round a row to bf16 in the form panel_gemm reads, padded with zero to an even length.
+  void (*prepare_bf16)(const float* x, int64_t n, void* out);
+  // Quantize a row to [-127, 127]; returns the scale.
+  float (*quantize_row)(const float* x, int64_t n, int8_t* out);
+
+  void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* out);
+  void (*add_row)(const float* a, const float* b, int64_t n, float* out);
+  void (*axpy_row)(float factor, const float* x, int64_t n, float* sum);
+  void (*silu_mul_row)(const float* gate, const float* up, int64_t n, float* out);
+  // Rotate the first 2 * half entries in halves; cos_sin is [2 * half]. May work in place.
+  void (*rope_row)(const float* x, const float* cos_sin, int64_t half, int64_t n, float* out);
+  void (*to_bf16_row)(const float* x, int64_t n, uint16_t* out);
+  void (*from_bf16_row)(const uint16_t* x, int64_t n, float* out);
+
+  void (*attend)(const AttendTask& task);
+
+  void (*softmax_row)(const float* x, int64_t n, float* out);
+  void (*sigmoid_row)(const float* x, int64_t n, float* out);
+  float (*max_row)(const float* x, int64_t n);
+  // out = exp((x - shift) / divisor)
+  void (*exp_row)(const float* x, int64_t n, float shift, float divisor, float* out);
+  // Sum of n floats, in any order: a memory read as fast as the core can.
+  float (*read_floats)(const float* x, int64_t n);
+};
+
+const Kernels& portable_kernels();
+#if defined(XDS_HAVE_AVX2)
+const Kernels& avx2_kernels();
+#endif
+#if defined(XDS_HAVE_AVX512)
+const Kernels& avx512_kernels();
+#endif
+
+// The kernels `name` ("portable", "avx2", "avx512", or "auto" for the best), or null when this
+// machine or this build does not have them.
+const Kernels* find_kernels(const char* name);
+
+}  // namespace xds

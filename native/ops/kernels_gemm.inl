@@ -1,0 +1,152 @@
+// GEMM tiles. Each output has one accumulator that takes k in ascending order, so its bits depend
+// neither on the tile it falls in nor on the other rows.
+
+struct F32Product {
+  using Acc = F16;
+  static Acc zero() { return set1(0.0f); }
+
+  template <int R, int V>
+  static void step(Acc (&acc)[R][V], const uint8_t* const (&a)[R], int64_t i, const uint8_t* b) {
+    F16 w[V];
+    for (int v = 0; v < V; ++v) w[v] = load(reinterpret_cast<const float*>(b) + 16 * v);
+    for (int r = 0; r < R; ++r) {
+      const F16 x = set1(reinterpret_cast<const float*>(a[r])[i]);
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+    }
+  }
+};
+
+#if defined(XDS_BF16_PAIRS)
+constexpr int64_t kBf16Item = 2;
+struct Bf16Product {
+  using Acc = F16;
+  static Acc zero() { return set1(0.0f); }
+
+  template <int R, int V>
+  static void step(Acc (&acc)[R][V], const uint8_t* const (&a)[R], int64_t i, const uint8_t* b) {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) acc[r][v] = dot2(acc[r][v], a[r] + 4 * i, b + 64 * v);
+    }
+  }
+};
+#else
+constexpr int64_t kBf16Item = 4;  // activations are rounded to bf16 but kept as float
+struct Bf16Product {
+  using Acc = F16;
+  static Acc zero() { return set1(0.0f); }
+
+  template <int R, int V>
+  static void half(Acc (&acc)[R][V], const uint8_t* const (&a)[R], int64_t i, const F16 (&w)[V]) {
+    for (int r = 0; r < R; ++r) {
+      const F16 x = set1(reinterpret_cast<const float*>(a[r])[i]);
+      for (int v = 0; v < V; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+    }
+  }
+
+  template <int R, int V>
+  static void step(Acc (&acc)[R][V], const uint8_t* const (&a)[R], int64_t i, const uint8_t* b) {
+    F16 w[V];
+    for (int v = 0; v < V; ++v) w[v] = pair_odd(b + 64 * v);
+    half(acc, a, 2 * i + 1, w);
+    for (int v = 0; v < V; ++v) w[v] = pair_even(b + 64 * v);
+    half(acc, a, 2 * i, w);
+  }
+};
+#endif
+
+struct Int8Product {
+  using Acc = I16;
+  static Acc zero() { return int_zero(); }
+
+  template <int R, int V>
+  static void step(Acc (&acc)[R][V], const uint8_t* const (&a)[R], int64_t i, const uint8_t* b) {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) acc[r][v] = dot4(acc[r][v], a[r] + 4 * i, b + 64 * v);
+    }
+  }
+};
+
+template <class Product, int R, int V>
+inline void accumulate(typename Product::Acc (&acc)[R][V], const uint8_t* a, ptrdiff_t a_stride,
+                       const uint8_t* b, ptrdiff_t b_stride, int64_t steps) {
+  const uint8_t* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = a + r * a_stride;
+  for (int64_t i = 0; i < steps; ++i, b += b_stride) Product::step(acc, rows, i, b);
+}
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// body(Int<R>, first) for tiles of R <= Max rows that cover [0, rows).
+template <int Max, class Body>
+inline void last_rows(int64_t first, int64_t left, Body& body) {
+  if constexpr (Max > 0) {
+    if (left == Max) return body(Int<Max>{}, first);
+    last_rows<Max - 1>(first, left, body);
+  }
+}
+
+template <int Max, class Body>
+inline void for_row_tiles(int64_t rows, Body&& body) {
+  int64_t first = 0;
+  for (; rows - first >= Max; first += Max) body(Int<Max>{}, first);
+  last_rows<Max - 1>(first, rows - first, body);
+}
+
+inline F16 finish(const PanelTask&, const F16& acc, int64_t, int64_t) { return acc; }
+
+inline F16 finish(const PanelTask& t, const I16& acc, int64_t row, int64_t col) {
+  const F16 scale = mul(set1(t.row_scale[row * t.row_scale_stride]), load(t.col_scale + col));
+  return mul(dot_result(acc, t.col_sum + col), scale);
+}
+
+template <class Acc>
+inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t col) {
+  const int64_t lanes = t.cols - col;
+  F16 value = finish(t, acc, row, col);
+  float* out = t.c + row * t.c_stride + col;
+  if (lanes >= 16) {
+    if (t.bias != nullptr) value = add(value, load(t.bias + col));
+    return store(out, value);
+  }
+  if (t.bias != nullptr) value = add(value, load_n(t.bias + col, lanes));
+  store_n(out, value, lanes);
+}
+
+template <class Product, int Rows>
+void panel_gemm(const PanelTask& t) {
+  for_row_tiles<Rows>(t.rows, [&](auto size, int64_t first) {
+    constexpr int R = size;
+    constexpr int V = R <= kWideRows ? 2 : kTileVecs;
+    for (int half = 0; half < 2 && 16 * half < t.cols; half += V) {
+      typename Product::Acc acc[R][V];
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) acc[r][v] = Product::zero();
+      }
+      accumulate<Product, R, V>(acc, t.a + first * t.a_stride, t.a_stride, t.b + 64 * half,
+                                kStepBytes, t.steps);
+      for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) {
+          if (16 * (half + v) < t.cols) write_out(t, acc[r][v], first + r, 16 * (half + v));
+        }
+      }
+    }
+  });
+}
+
+// c[rows, 16 * vecs] (+)= a[rows, k] * b[k, 16 * vecs], all row-major float32; c is padded.
+template <bool kAdd>
+void small_gemm(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t k,
+                float* c, int64_t ldc, int64_t vecs) {
+  for (int64_t v = 0; v < vecs; ++v) {
+    for_row_tiles<kTileRows>(rows, [&](auto size, int64_t first) {
+      constexpr int R = size;
+      F16 acc[R][1];
+      float* out = c + first * ldc + 16 * v;
+      for (int r = 0; r < R; ++r) acc[r][0] = kAdd ? load(out + r * ldc) : set1(0.0f);
+      accumulate<F32Product, R, 1>(acc, reinterpret_cast<const uint8_t*>(a + first * lda), 4 * lda,
+                                   reinterpret_cast<const uint8_t*>(b + 16 * v), 4 * ldb, k);
+      for (int r = 0; r < R; ++r) store(out + r * ldc, acc[r][0]);
+    });
+  }
+}

@@ -1,0 +1,37 @@
+// The kernels of one instruction set: included by isa_*.cc after its simd_*.h, all of it inside an
+// anonymous namespace. No standard-library templates that the linker could share between files
+// compiled for different machines.
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#include "kernels_gemm.inl"
+#include "kernels_rows.inl"
+#include "kernels_attend.inl"
+
+constexpr int kInt8TileRows = kTileRows == 6 ? 4 : kTileRows;  // AVX2 needs registers for |a|
+
+constexpr Kernels make_table(const char* name) {
+  Kernels table{};
+  table.name = name;
+  table.s8_offset = kS8Offset;
+  table.bf16_item = kBf16Item;
+  table.panel_gemm[0] = panel_gemm<F32Product, kTileRows>;
+  table.panel_gemm[1] = panel_gemm<Bf16Product, kTileRows>;
+  table.panel_gemm[2] = panel_gemm<Int8Product, kInt8TileRows>;
+  table.prepare_bf16 = prepare_bf16;
+  table.quantize_row = quantize_row;
+  table.rms_norm_row = rms_norm_row;
+  table.add_row = add_row;
+  table.axpy_row = axpy_row;
+  table.silu_mul_row = silu_mul_row;
+  table.rope_row = rope_row;
+  table.to_bf16_row = to_bf16_row;
+  table.from_bf16_row = from_bf16_row;
+  table.attend = attend;
+  table.softmax_row = softmax_row;
+  table.sigmoid_row = sigmoid_row;
+  table.max_row = max_row;
+  table.exp_row = exp_row;
+  table.read_floats = read_floats;
+  return table;
+}

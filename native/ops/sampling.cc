@@ -1,0 +1,160 @@
+// The next token and log probabilities.
+//
+// Sorting a vocabulary costs far more than the answer needs. The candidates are instead taken from
+// a window below the largest logit that is widened until it decides the result.
+#include <algorithm>
+#include <cmath>
+
+#include "ops.h"
+
+namespace xds {
+namespace {
+
+// Window widths in units of the temperature: e^-8 of the best probability, and so on; then all.
+constexpr float kWindows[] = {8.0f, 16.0f, 32.0f, INFINITY};
+
+int32_t argmax(const Kernels& kernels, const float* logits, int64_t n) {
+  const float largest = kernels.max_row(logits, n);
+  const float* found = std::find(logits, logits + n, largest);
+  return found == logits + n ? 0 : static_cast<int32_t>(found - logits);
+}
+
+// Eight running sums, so that the order of addition is fixed but not serial.
+double sum_in_double(const float* values, int64_t n) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += static_cast<double>(values[i + j]);
+  }
+  for (; i < n; ++i) sums[0] += static_cast<double>(values[i]);
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+struct Row {
+  const float* logits;
+  const float* mass;  // exp((logit - largest) / temperature)
+  int64_t n;
+  double total;       // of mass
+  float largest;
+  float temperature;
+};
+
+struct Filters {
+  int64_t top_k;  // 0 = off
+  double top_p;
+  double min_p;
+  double uniform;
+};
+
+// Candidates within `window`, best first; all of them when it is infinite. Returns their number.
+int64_t collect(const Row& row, float window, int32_t* out) {
+  const float bound = row.largest - window * row.temperature;
+  int64_t count = 0;
+  for (int64_t i = 0; i < row.n; ++i) {
+    out[count] = static_cast<int32_t>(i);
+    count += row.logits[i] >= bound || window == INFINITY;
+  }
+  std::sort(out, out + count, [&](int32_t a, int32_t b) {
+    const float x = row.logits[a], y = row.logits[b];
+    return x > y || (x == y && a < b);
+  });
+  return count;
+}
+
+// The sampled token, or -1 when `count` sorted candidates do not decide it.
+int32_t decide(const Row& row, const Filters& f, const int32_t* sorted, int64_t count) {
+  const bool is_all = count == row.n;
+  const int64_t limit = f.top_k > 0 ? std::min(f.top_k, row.n) : row.n;
+  if (f.top_k > 0 && count < limit) return -1;
+  bool is_final = is_all || f.top_k > 0;  // does [0, kept) hold all that may be sampled?
+  int64_t kept = std::min(count, limit);
+  double total = row.total;
+  auto prefix_mass = [&](int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(row.mass[sorted[i]]);
+    return sum;
+  };
+  if (f.top_k > 0) total = prefix_mass(kept);
+  if (f.top_p < 1.0) {
+    double sum = 0.0;
+    int64_t i = 0;
+    while (i < kept && sum < f.top_p * total) sum += static_cast<double>(row.mass[sorted[i++]]);
+    if (sum < f.top_p * total && !is_final) return -1;
+    kept = std::max<int64_t>(1, i);
+    total = prefix_mass(kept);
+    is_final = true;
+  }
+  if (f.min_p > 0.0) {
+    const double bound = f.min_p * static_cast<double>(row.mass[sorted[0]]);
+    int64_t i = 1;
+    while (i < kept && static_cast<double>(row.mass[sorted[i]]) >= bound) ++i;
+    if (i == kept && !is_final) return -1;
+    kept = i;
+    total = prefix_mass(kept);
+    is_final = true;
+  }
+  const double target = f.uniform * total;
+  double sum = 0.0;
+  for (int64_t i = 0; i < kept; ++i) {
+    sum += static_cast<double>(row.mass[sorted[i]]);
+    if (sum > target) return sorted[i];
+  }
+  return is_final ? sorted[kept - 1] : -1;
+}
+
+int32_t sample_row(const Kernels& kernels, const float* logits, int64_t n, float temperature,
+                   const Filters& filters, float* mass, int32_t* candidates) {
+  const float largest = kernels.max_row(logits, n);
+  if (temperature == 0.0f || !std::isfinite(largest)) return argmax(kernels, logits, n);
+  kernels.exp_row(logits, n, largest, temperature, mass);
+  const Row row{logits, mass, n, sum_in_double(mass, n), largest, temperature};
+  for (const float window : kWindows) {
+    const int64_t count = collect(row, window, candidates);
+    const int32_t token = decide(row, filters, candidates, count);
+    if (token >= 0) return token;
+  }
+  return candidates[0];
+}
+
+// The `count` best ids, best first, ties by lower id: insertion into a short sorted list.
+void best_ids(const float* logits, int64_t n, int64_t count, int32_t* out) {
+  int64_t held = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (held == count && !(logits[i] > logits[out[held - 1]])) continue;
+    int64_t at = held < count ? held++ : held - 1;
+    for (; at > 0 && logits[i] > logits[out[at - 1]]; --at) out[at] = out[at - 1];
+    out[at] = static_cast<int32_t>(i);
+  }
+}
+
+}  // namespace
+
+void sample(Context& ctx, const float* logits, int64_t rows, int64_t vocab, const Sampling& params,
+            int32_t* out) {
+  for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(2 * vocab);
+  ctx.pool.for_each(rows, [&](int64_t b, int thread) {
+    float* mass = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(2 * vocab);
+    const Filters filters{params.top_k[b], params.top_p[b], params.min_p[b], params.uniform[b]};
+    out[b] = sample_row(ctx.kernels, logits + b * vocab, vocab, params.temperature[b], filters,
+                        mass, reinterpret_cast<int32_t*>(mass + vocab));
+  });
+}
+
+void top_logprobs(Context& ctx, const float* logits, int64_t rows, int64_t vocab,
+                  const int32_t* ids, int64_t num_top, float* chosen, int32_t* top_ids,
+                  float* top_values) {
+  for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(vocab);
+  ctx.pool.for_each(rows, [&](int64_t b, int thread) {
+    float* mass = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(vocab);
+    const float* row = logits + b * vocab;
+    const float largest = ctx.kernels.max_row(row, vocab);
+    ctx.kernels.exp_row(row, vocab, largest, 1.0f, mass);
+    const double log_sum = static_cast<double>(largest) + std::log(sum_in_double(mass, vocab));
+    auto log_prob = [&](int32_t id) { return static_cast<float>(row[id] - log_sum); };
+    chosen[b] = log_prob(ids[b]);
+    if (num_top > 0) best_ids(row, vocab, num_top, top_ids + b * num_top);
+    for (int64_t i = b * num_top; i < (b + 1) * num_top; ++i) top_values[i] = log_prob(top_ids[i]);
+  });
+}
+
+}  // namespace xds

@@ -1,0 +1,72 @@
+// 16 lanes as one AVX-512 register. Included inside an anonymous namespace by one file.
+// vdpbf16ps takes the odd element of a pair first, then the even one, as the other files do.
+#include "simd_x86.h"
+
+struct F16 {
+  __m512 v;
+};
+
+struct I16 {
+  __m512i v;
+};
+
+inline __mmask16 lane_mask(int64_t n) {  // lanes 0 to n - 1; 0 <= n <= 16
+  return static_cast<__mmask16>((1u << n) - 1u);
+}
+
+inline F16 set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F16 load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lane_mask(n), p)}; }
+inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+inline void store_n(float* p, F16 a, int64_t n) { _mm512_mask_storeu_ps(p, lane_mask(n), a.v); }
+inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F16 absolute(F16 a) { return {_mm512_abs_ps(a.v)}; }
+inline F16 zero_below(F16 value, F16 x, F16 bound) {
+  const __mmask16 keep = static_cast<__mmask16>(~_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ));
+  return {_mm512_maskz_mov_ps(keep, value.v)};
+}
+inline F16 power_of_two(F16 t) {
+  const __m512i biased = _mm512_add_epi32(_mm512_castps_si512(t.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+inline float reduce_add(F16 a) {
+  return reduce_add8(_mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
+inline float reduce_max(F16 a) {
+  return reduce_max8(_mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1)));
+}
+
+inline __m512i load_int(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline __m512i broadcast4(const uint8_t* p) {
+  int32_t quad;
+  std::memcpy(&quad, p, 4);
+  return _mm512_set1_epi32(quad);
+}
+// acc + the dot product of each lane's bf16 pair with the pair at `a`.
+inline F16 dot2(F16 acc, const uint8_t* a, const uint8_t* b) {
+  return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(broadcast4(a)),
+                           reinterpret_cast<__m512bh>(load_int(b)))};
+}
+
+inline I16 int_zero() { return {_mm512_setzero_si512()}; }
+// The activation bytes are unsigned (value + 128), the weights signed; wraps, never saturates.
+inline I16 dot4(I16 acc, const uint8_t* a, const uint8_t* b) {
+  return {_mm512_dpbusd_epi32(acc.v, broadcast4(a), load_int(b))};
+}
+inline F16 dot_result(I16 acc, const int32_t* col_sum) {
+  const __m512i sums = _mm512_loadu_si512(col_sum);
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(acc.v, _mm512_slli_epi32(sums, 7)))};
+}
+
+#define XDS_BF16_PAIRS 1  // dot2 exists: activations of bf16 GEMMs stay bf16
+
+constexpr bool kS8Offset = true;
+constexpr int kTileRows = 12;
+constexpr int kTileVecs = 2;
+constexpr int kWideRows = 12;

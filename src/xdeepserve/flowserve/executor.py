@@ -1,0 +1,143 @@
+"""Executor: computes a plan. The protocol, and the implementation inside the DP group's process."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from xdeepserve.flowserve.input_batch import build_forward_batch, split_microbatches
+from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
+from xdeepserve.messages import SamplingParams
+from xdeepserve.models.batch import ForwardBatch
+from xdeepserve.models.decoder import Model
+from xdeepserve.models.sampler import Sampler, SampleResult, SampleRow
+from xdeepserve.ops import F32
+from xdeepserve.transformerless.attention_worker import AttentionWorker
+from xdeepserve.transformerless.moe_transport import MoeTransport
+from xdeepserve.transformerless.routing import LiveRouting
+
+
+class Executor(Protocol):
+    """Computes steps; owns the KV arrays. Thread: the step loop."""
+
+    def warm_up(self) -> None:
+        """Touch weights and buffers, so that the first request does not pay for it.
+
+        Call it before the first `execute` only.
+        """
+        ...
+
+    def execute(self, *, plan: StepPlan) -> StepResult:
+        """Compute a non-empty plan: write the KV of its tokens, sample where it says so.
+
+        Never frees a block and never ends a request. Reads the plan, keeps nothing of it.
+
+        Returns:
+            New token ids and logprobs, aligned with `plan.scheduled`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free buffers and peers. Idempotent."""
+        ...
+
+
+class InProcExecutor:
+    """Attention, LM head and sampler in this process; experts wherever the transport leads."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        transport: MoeTransport,
+        routing: LiveRouting,
+        num_blocks: int,
+        block_size: int,
+        num_microbatches: int = 1,
+    ) -> None:
+        """Allocate the KV arrays; their memory is committed as blocks are first written.
+
+        Args:
+            model: its attention side is run here.
+            transport: leads to its FFN and experts; closed with the executor.
+            routing: the table the transport routes by.
+            num_blocks: KV blocks, as many as the scheduler's pool has.
+            block_size: tokens per KV block.
+            num_microbatches: parts of a step in flight at once; 1 when nothing can overlap.
+        """
+        self._model = model
+        self._transport = transport
+        self._block_size = block_size
+        self._num_microbatches = num_microbatches
+        self._sampler = Sampler(model.ops, eos_token_ids=model.spec.eos_token_ids)
+        self._worker = AttentionWorker(
+            model=model,
+            transport=transport,
+            routing=routing,
+            kv_layers=model.new_kv(num_blocks, block_size),
+        )
+
+    def warm_up(self) -> None:
+        """Compute one token in KV block 0, which nobody holds yet."""
+        item = ScheduledRequest(
+            request_id="warm-up",
+            params=SamplingParams(max_tokens=1),
+            token_ids=array("i", [0]),
+            num_prompt_tokens=1,
+            num_computed_tokens=0,
+            num_scheduled_tokens=1,
+            block_ids=array("i", [0]),
+            samples=True,
+        )
+        self.execute(plan=StepPlan(step_idx=0, scheduled=(item,), num_tokens=1))
+
+    def execute(self, *, plan: StepPlan) -> StepResult:
+        """See Executor.execute."""
+        parts = split_microbatches(plan.scheduled, self._num_microbatches)
+        batches = [build_forward_batch(part, self._block_size) for part in parts]
+        hidden_states = self._worker.run(batches, step_idx=plan.step_idx)
+        rows = [_sample_row(item) for item in plan.scheduled if item.samples]
+        if not rows:
+            nothing = len(plan.scheduled)
+            return StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
+        sampled = self._sampler.sample(self._logits(batches, hidden_states), rows)
+        return _result(plan.scheduled, sampled)
+
+    def _logits(self, batches: Sequence[ForwardBatch], hidden_states: Sequence[F32]) -> F32:
+        """[B', V] of all rows that sample, in plan order, by one pass over the LM head."""
+        if len(batches) == 1:
+            return self._model.head(hidden_states[0], batches[0].logits_rows)
+        parts = [
+            rows[batch.logits_rows] for rows, batch in zip(hidden_states, batches, strict=True)
+        ]
+        together = np.concatenate(parts)
+        return self._model.head(together, np.arange(len(together), dtype=np.int32))
+
+    def close(self) -> None:
+        """Close the transport."""
+        self._transport.close()
+
+
+def _sample_row(item: ScheduledRequest) -> SampleRow:
+    # Views, not copies: they are gone before the scheduler appends to the array.
+    token_ids = np.frombuffer(item.token_ids, np.int32)
+    return SampleRow(
+        params=item.params,
+        prompt_token_ids=token_ids[: item.num_prompt_tokens],
+        output_token_ids=token_ids[item.num_prompt_tokens :],
+        position=len(token_ids),
+    )
+
+
+def _result(scheduled: Sequence[ScheduledRequest], sampled: SampleResult) -> StepResult:
+    """Spread the sampled rows over the plan."""
+    rows = iter(zip(sampled.token_ids, sampled.logprobs, strict=True))
+    token_ids, logprobs = [], []
+    for item in scheduled:
+        token_id, logprob = next(rows) if item.samples else (None, None)
+        token_ids.append(() if token_id is None else (token_id,))
+        logprobs.append(None if logprob is None else (logprob,))
+    return StepResult(token_ids=tuple(token_ids), logprobs=tuple(logprobs))

@@ -1,0 +1,112 @@
+"""Request: one sequence on its way through the scheduler. Only the scheduler changes it."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+
+from xdeepserve.flowserve.step import ScheduledRequest
+from xdeepserve.messages import (
+    FinishReason,
+    GenerateRequest,
+    TokenLogprobs,
+    TokenOutput,
+    Usage,
+)
+from xdeepserve.rtc import KVBlocks
+
+
+class RequestStatus(enum.Enum):
+    """Where a request stands; see docs/design/flowserve.md for the drawing."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class Request:
+    """State of one accepted request.
+
+    Attributes:
+        request_id: the client's id.
+        params: sampling parameters.
+        order: (priority, arrival number); the smaller is served first.
+        token_ids: int32 array, prompt then output.
+        num_prompt_tokens: length of the prompt.
+        num_computed_tokens: leading tokens whose KV is in `blocks`.
+        num_cached_tokens: of those, served by the prefix cache when it first ran; None before.
+        blocks: KV blocks held; empty unless running.
+        status: see RequestStatus.
+    """
+
+    __slots__ = (
+        "blocks",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "order",
+        "params",
+        "request_id",
+        "status",
+        "token_ids",
+    )
+
+    def __init__(self, request: GenerateRequest, *, arrival: int, blocks: KVBlocks) -> None:
+        self.request_id = request.request_id
+        self.params = request.params
+        self.order = (request.priority, arrival)
+        self.token_ids: array[int] = array("i", request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None
+        self.blocks = blocks
+        self.status = RequestStatus.WAITING
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt plus output so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose KV is still to be made; at least one until the request ends."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def share_of_step(self, num_tokens: int) -> ScheduledRequest:
+        """This request's entry in a plan that computes its next `num_tokens` tokens."""
+        return ScheduledRequest(
+            request_id=self.request_id,
+            params=self.params,
+            token_ids=self.token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_computed_tokens=self.num_computed_tokens,
+            num_scheduled_tokens=num_tokens,
+            block_ids=self.blocks.block_ids,
+            samples=num_tokens == self.num_uncomputed_tokens,
+        )
+
+    def output(
+        self,
+        *,
+        num_new: int = 0,
+        logprobs: list[TokenLogprobs] | None = None,
+        finish_reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> TokenOutput:
+        """The message about the last `num_new` output tokens, with the counts up to now."""
+        usage = Usage(self.num_prompt_tokens, self.num_cached_tokens or 0, self.num_output_tokens)
+        return TokenOutput(
+            request_id=self.request_id,
+            token_ids=self.token_ids[self.num_tokens - num_new :].tolist(),
+            usage=usage,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_token_id=self.token_ids[-1] if finish_reason is FinishReason.STOP else None,
+            error=error,
+        )

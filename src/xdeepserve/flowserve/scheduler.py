@@ -1,0 +1,344 @@
+"""Scheduler: which request gets how many tokens in the next step, and what becomes of the result.
+
+There is no prefill phase and no decode phase: `num_computed_tokens` of each request chases its
+`num_tokens` under one token budget. Chunked prefill, prefix hits, resumption after preemption and
+decoding are that one rule. Pure Python over ints: no arrays, no clock, no threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xdeepserve.config import EngineConfig
+from xdeepserve.errors import ConfigError, IntegrityError, RequestError
+from xdeepserve.flowserve.request import Request, RequestStatus
+from xdeepserve.flowserve.request_queue import RequestQueue
+from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
+from xdeepserve.messages import (
+    FinishReason,
+    GenerateRequest,
+    LoadReport,
+    TokenLogprobs,
+    TokenOutput,
+)
+from xdeepserve.rtc import KVCacheManager
+
+
+@dataclass(slots=True)
+class _Counters:
+    """Totals since start, as in LoadReport; prefix cache counts are tokens."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class Scheduler:
+    """The queues of one DP group and the only writer of its requests. Thread: the step loop.
+
+    Order of service is (priority, arrival). Running requests come first; each is sure of one token,
+    so a long prefill never stalls the others' decoding. When KV blocks run out, the last running
+    request in that order gives its blocks back and is computed again later, from its tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        kv: KVCacheManager,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        """Make an empty scheduler.
+
+        Args:
+            config: step budgets.
+            kv: block ownership; used by this scheduler alone.
+            max_model_len: longest prompt + output of a request.
+            eos_token_ids: the model's end-of-sequence ids.
+
+        Raises:
+            ConfigError: one request of max_model_len could never fit into the pool.
+        """
+        capacity = kv.num_total_blocks * kv.block_size
+        if max_model_len > capacity:
+            raise ConfigError(
+                f"max_model_len={max_model_len} exceeds the KV cache's {capacity} tokens; "
+                "lower max_model_len or raise kv_cache_bytes"
+            )
+        self._config = config
+        self._kv = kv
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._requests: dict[str, Request] = {}
+        self._running = RequestQueue()
+        self._waiting = RequestQueue()
+        self._counters = _Counters()
+        self._num_arrivals = 0
+
+    # -- requests in and out --------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no blocks, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self._requests)
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accept a request; from now on it gets exactly one terminal output.
+
+        Raises:
+            RequestError: its id is in use.
+        """
+        if request.request_id in self._requests:
+            raise RequestError(f"request_id={request.request_id!r} is already in use")
+        blocks = self._kv.open(cache_salt=request.cache_salt)
+        accepted = Request(request, arrival=self._num_arrivals, blocks=blocks)
+        self._num_arrivals += 1
+        self._requests[accepted.request_id] = accepted
+        self._waiting.add(accepted)
+
+    def abort(self, request_id: str) -> TokenOutput | None:
+        """End a request at any moment; its blocks are free at once.
+
+        Between `schedule` and `update` call it only after `execute`, which reads the blocks.
+
+        Returns:
+            The terminal output, or None for an unknown or finished id.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._finish(request)
+        return request.output(finish_reason=FinishReason.ABORT)
+
+    def abort_all(self) -> list[TokenOutput]:
+        """End every request; returns their terminal outputs."""
+        outputs = [self.abort(request_id) for request_id in list(self._requests)]
+        return [output for output in outputs if output is not None]
+
+    def fail_all(self, message: str) -> list[TokenOutput]:
+        """Terminal error outputs for all requests; the scheduler is of no use afterwards.
+
+        Blocks are not given back: after a failed step their accounting may be what failed.
+        """
+        requests = list(self._requests.values())
+        self._requests.clear()
+        self._running.clear()
+        self._waiting.clear()
+        return [r.output(finish_reason=FinishReason.ERROR, error=message) for r in requests]
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Decide the next step: running requests first, then as many waiting ones as fit.
+
+        Returns:
+            The plan; it must go to `update` before the next `schedule`. Empty without requests.
+
+        Raises:
+            IntegrityError: requests are there, but none can run.
+        """
+        scheduled: list[ScheduledRequest] = []
+        num_preemptions = self._counters.preemptions
+        budget = self._schedule_running(scheduled, self._config.max_num_batched_tokens)
+        if self._counters.preemptions == num_preemptions:
+            budget = self._admit_waiting(scheduled, budget)
+        plan = StepPlan(
+            step_idx=self._counters.steps,
+            scheduled=tuple(scheduled),
+            num_tokens=self._config.max_num_batched_tokens - budget,
+        )
+        if plan.is_empty and self._requests:
+            raise IntegrityError(f"none of {len(self._requests)} requests can run")
+        self._counters.steps += 1
+        return plan
+
+    def _schedule_running(self, scheduled: list[ScheduledRequest], budget: int) -> int:
+        """Give tokens to running requests in order; returns the budget left."""
+        idx = 0
+        while idx < len(self._running):
+            request = self._running[idx]
+            num_behind = len(self._running) - idx - 1
+            num_tokens = min(request.num_uncomputed_tokens, budget - num_behind)
+            if not self._make_room(request, request.num_computed_tokens + num_tokens):
+                break
+            scheduled.append(request.share_of_step(num_tokens))
+            budget -= num_tokens
+            idx += 1
+        return budget
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Get blocks for `num_tokens` tokens, preempting from the tail of the running queue.
+
+        The tail has not been scheduled yet in this step, because running requests are served in
+        order. False when the request itself was the tail.
+        """
+        while not self._kv.allocate(request.blocks, num_tokens=num_tokens):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _admit_waiting(self, scheduled: list[ScheduledRequest], budget: int) -> int:
+        """Start waiting requests in order while budget, seats and blocks last."""
+        while self._waiting and budget > 0 and len(self._running) < self._config.max_num_seqs:
+            request = self._waiting[0]
+            if not self._start(request):
+                break
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            scheduled.append(request.share_of_step(num_tokens))
+            budget -= num_tokens
+        return budget
+
+    def _start(self, request: Request) -> bool:
+        """Move a waiting request to the running queue if its blocks are there.
+
+        Blocks for all its present tokens are taken at once, and one block per running request must
+        be left, so that a newcomer does not drive the next step into preemption.
+        """
+        num_hit = self._kv.match(request.blocks, request.token_ids)
+        if not self._kv.allocate(
+            request.blocks, num_tokens=request.num_tokens, num_reserved=len(self._running)
+        ):
+            self._kv.free(request.blocks)
+            return False
+        request.num_computed_tokens = num_hit
+        if request.num_cached_tokens is None:
+            self._count_first_run(request, num_hit)
+        self._waiting.remove(request)
+        self._running.add(request)
+        request.status = RequestStatus.RUNNING
+        return True
+
+    def _count_first_run(self, request: Request, num_hit: int) -> None:
+        request.num_cached_tokens = num_hit
+        self._counters.prompt_tokens += request.num_prompt_tokens
+        self._counters.prefix_queries += request.num_prompt_tokens
+        self._counters.prefix_hits += num_hit
+
+    def _preempt(self, request: Request) -> None:
+        self._kv.free(request.blocks)
+        request.num_computed_tokens = 0
+        self._running.remove(request)
+        self._waiting.add(request)
+        request.status = RequestStatus.PREEMPTED
+        self._counters.preemptions += 1
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Commit a step: count tokens, publish full blocks, finish requests.
+
+        Args:
+            plan: what `schedule` returned last.
+            result: what the executor made of it.
+
+        Returns:
+            One output per request that got a token. Requests that ended meanwhile are passed over.
+        """
+        outputs: list[TokenOutput] = []
+        rows = zip(plan.scheduled, result.token_ids, result.logprobs, strict=True)
+        for item, token_ids, logprobs in rows:
+            request = self._requests.get(item.request_id)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                continue
+            request.num_computed_tokens += item.num_scheduled_tokens
+            self._kv.commit(
+                request.blocks, request.token_ids, num_computed=request.num_computed_tokens
+            )
+            if bool(token_ids) != item.samples:
+                raise IntegrityError(
+                    f"request {item.request_id}: {len(token_ids)} ids, samples={item.samples}"
+                )
+            if token_ids:
+                outputs.append(self._append(request, token_ids, logprobs))
+        return outputs
+
+    def _append(
+        self,
+        request: Request,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None,
+    ) -> TokenOutput:
+        """Append new ids up to the first that ends the request."""
+        finish_reason = None
+        num_new = 0
+        for token_id in token_ids:
+            request.token_ids.append(token_id)
+            num_new += 1
+            finish_reason = self._finish_reason(request, token_id)
+            if finish_reason is not None:
+                self._finish(request)
+                break
+        self._counters.generated_tokens += num_new
+        return request.output(
+            num_new=num_new,
+            logprobs=None if logprobs is None else list(logprobs[:num_new]),
+            finish_reason=finish_reason,
+        )
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        """Whether the id just appended is the request's last."""
+        params = request.params
+        if request.num_output_tokens > params.min_tokens:
+            if token_id in params.stop_token_ids:
+                return FinishReason.STOP
+            if token_id in self._eos_token_ids and not params.ignore_eos:
+                return FinishReason.STOP
+        if request.num_output_tokens >= params.max_tokens:
+            return FinishReason.LENGTH
+        if request.num_tokens >= self._max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _finish(self, request: Request) -> None:
+        """Take a request out of its queue and give its blocks back."""
+        running = request.status is RequestStatus.RUNNING
+        (self._running if running else self._waiting).remove(request)
+        self._kv.free(request.blocks)
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.request_id]
+
+    # -- looking at it --------------------------------------------------------------------------
+
+    def load_report(self) -> LoadReport:
+        """Queues, KV use and totals at this moment."""
+        counters = self._counters
+        return LoadReport(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_free_blocks=self._kv.num_free_blocks,
+            num_total_blocks=self._kv.num_total_blocks,
+            num_steps=counters.steps,
+            num_preemptions=counters.preemptions,
+            num_prompt_tokens=counters.prompt_tokens,
+            num_generated_tokens=counters.generated_tokens,
+            prefix_cache_queries=counters.prefix_queries,
+            prefix_cache_hits=counters.prefix_hits,
+        )
+
+    def check_integrity(self) -> None:
+        """Check that queues and blocks add up; O(blocks + requests).
+
+        Raises:
+            IntegrityError: a request is in no queue, or blocks leaked.
+        """
+        queued = [*self._running, *self._waiting]
+        if {id(r) for r in queued} != {id(r) for r in self._requests.values()}:
+            raise IntegrityError(
+                f"{len(queued)} requests are queued, but {len(self._requests)} are not finished"
+            )
+        if len(queued) != len(self._requests):
+            raise IntegrityError("a request is queued twice")
+        for request in self._waiting:
+            if len(request.blocks):
+                raise IntegrityError(f"waiting request {request.request_id} holds KV blocks")
+        self._kv.check_integrity(r.blocks for r in queued)

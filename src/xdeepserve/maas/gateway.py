@@ -1,0 +1,188 @@
+"""What the endpoints share: engine, prompts, limits, metrics, and which generations are running."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import msgspec
+from starlette.requests import Request
+
+from xdeepserve.clock import Clock
+from xdeepserve.config import GatewayConfig
+from xdeepserve.engine_api import EngineClient
+from xdeepserve.errors import EngineDeadError, NotFoundError
+from xdeepserve.maas.choice import TextOptions
+from xdeepserve.maas.generation import Generation
+from xdeepserve.maas.http_errors import DrainingError
+from xdeepserve.maas.metrics import GatewayMetrics
+from xdeepserve.maas.prompts import PromptEncoder
+from xdeepserve.maas.sampling import choice_seed, stop_list
+from xdeepserve.maas.schema import Envelope, GenerationFields
+from xdeepserve.messages import GenerateRequest, SamplingParams
+from xdeepserve.text.stop_strings import StopAutomaton
+from xdeepserve.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPlan:
+    """A validated request, ready to run.
+
+    Attributes:
+        prompts: token ids and parameters of each prompt.
+        num_choices: choices per prompt.
+        options: how text is made of tokens.
+        arrived_s: monotonic time of arrival.
+    """
+
+    prompts: Sequence[tuple[list[int], SamplingParams]]
+    num_choices: int
+    options: TextOptions
+    arrived_s: float
+
+
+class Gateway:
+    """Shared state of all endpoints; lives on the event loop.
+
+    Args:
+        model_names: names under which the engine's model is served; the first is canonical.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        prompts: PromptEncoder,
+        config: GatewayConfig,
+        model_names: Sequence[str],
+        clock: Clock,
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.config = config
+        self.model_names = tuple(model_names)
+        self.clock = clock
+        self.metrics = GatewayMetrics(engine, self.model_names[0])
+        self.started_s = int(clock.wall())
+        self.system_fingerprint = _fingerprint(engine)
+        self.is_draining = False
+        self._running: set[Generation] = set()
+
+    def admit(self, model: str) -> None:
+        """Whether a request may start at all.
+
+        Raises:
+            NotFoundError: no such model is served.
+            DrainingError: the server is shutting down.
+            EngineDeadError: the engine is gone.
+        """
+        self.check_model(model)
+        if self.is_draining:
+            raise DrainingError("the server is shutting down; try another", code="draining")
+        if not self.engine.is_alive():
+            raise EngineDeadError("the engine is not running", code="engine_dead")
+
+    def check_model(self, model: str) -> None:
+        """Refuse a model name that is not served.
+
+        Raises:
+            NotFoundError: with the names that are.
+        """
+        if model not in self.model_names:
+            served = ", ".join(self.model_names)
+            raise NotFoundError(
+                f"the model {model[:200]!r} does not exist; served here: {served}",
+                code="model_not_found",
+                param="model",
+            )
+
+    def text_options(self, fields: GenerationFields) -> TextOptions:
+        """How this request wants its text.
+
+        Raises:
+            RequestError: bad stop strings.
+        """
+        stops = stop_list(fields.stop, self.config)
+        return TextOptions(
+            stops=StopAutomaton(stops) if stops else None,
+            include_stop=fields.include_stop_str_in_output,
+            skip_special_tokens=fields.skip_special_tokens,
+        )
+
+    def envelope(self, request_id: str, kind: str) -> Envelope:
+        """The fields that every object of one reply shares."""
+        return Envelope(
+            id=request_id,
+            object=kind,
+            created=int(self.clock.wall()),
+            model=self.model_names[0],
+            system_fingerprint=self.system_fingerprint,
+        )
+
+    @asynccontextmanager
+    async def run(self, plan: GenerationPlan, request_id: str) -> AsyncIterator[Generation]:
+        """Start a plan; whatever happens inside the block, nothing of it survives the block."""
+        generation = Generation(
+            _engine_requests(plan, request_id),
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            options=plan.options,
+            metrics=self.metrics,
+            clock=self.clock,
+            arrived_s=plan.arrived_s,
+            num_choices=plan.num_choices,
+        )
+        self._running.add(generation)
+        try:
+            generation.start()
+            yield generation
+        finally:
+            self._running.discard(generation)
+            await generation.close()
+
+    def begin_drain(self) -> None:
+        """Refuse new requests from now on; running ones go on."""
+        self.is_draining = True
+
+    def abort_running(self) -> None:
+        """End every running generation with an error that its client sees."""
+        for generation in self._running:
+            generation.fail(EngineDeadError("the server is shutting down", code="aborted"))
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway of the app that serves this request."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+def new_request_id(prefix: str) -> str:
+    """Unique id with the prefix that OpenAI uses for this kind of object."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def _engine_requests(plan: GenerationPlan, request_id: str) -> list[GenerateRequest]:
+    """One engine request per choice: prompt-major, seeds derived per choice."""
+    requests: list[GenerateRequest] = []
+    for token_ids, params in plan.prompts:
+        for choice in range(plan.num_choices):
+            seed = choice_seed(params.seed, choice)
+            requests.append(
+                GenerateRequest(
+                    request_id=f"{request_id}-{len(requests)}",
+                    prompt_token_ids=token_ids,
+                    params=msgspec.structs.replace(params, seed=seed) if choice else params,
+                )
+            )
+    return requests
+
+
+def _fingerprint(engine: EngineClient) -> str:
+    """Changes when what determines the tokens changes: model, precision, sizes."""
+    info = msgspec.json.encode(engine.info)
+    return "fp_" + hashlib.blake2b(info, digest_size=6).hexdigest()

@@ -1,0 +1,180 @@
+"""Text and messages -> prompt token ids, off the event loop where it takes long.
+
+Owns a small bounded thread pool (tokenizing releases the GIL) and the chat template's child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+
+from xdeepserve.errors import CapacityError, RequestError
+from xdeepserve.maas.sampling import check_token_ids
+from xdeepserve.maas.schema import ChatMessage
+from xdeepserve.messages import EngineInfo, SamplingParams
+from xdeepserve.text.chat_template import ChatTemplate
+from xdeepserve.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+NUM_THREADS = 2
+MAX_QUEUED = 256
+INLINE_CHARS = 4096
+"""Texts up to this long are tokenized on the event loop (under a few milliseconds)."""
+
+
+class PromptEncoder:
+    """Makes prompts of one model.
+
+    Args:
+        template: None if the model has none; chat requests are then refused.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, info: EngineInfo
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._info = info
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="xds-text")
+        self._num_queued = 0
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text of any length.
+
+        Raises:
+            CapacityError: too many long texts are waiting.
+        """
+
+        def work() -> list[int]:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        return work() if len(text) <= INLINE_CHARS else await self._off_loop(work)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """Text of token ids, special tokens included.
+
+        Raises:
+            RequestError: an id is outside the vocabulary.
+        """
+        check_token_ids("tokens", token_ids, self._info)
+
+        def work() -> str:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+        return work() if len(token_ids) <= INLINE_CHARS else await self._off_loop(work)
+
+    async def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        variables: dict[str, Any] | None = None,
+    ) -> str:
+        """Prompt text of a conversation.
+
+        Raises:
+            RequestError: the model has no chat template, or it refused the messages.
+        """
+        template = self._template
+        if template is None:
+            raise RequestError(
+                "this model has no chat template; use /v1/completions", code="no_chat_template"
+            )
+
+        def work() -> str:
+            return template.render(
+                messages, add_generation_prompt=add_generation_prompt, variables=variables
+            )
+
+        return await self._off_loop(work)
+
+    def fit(self, token_ids: list[int], params: SamplingParams, *, param: str) -> SamplingParams:
+        """`params` with max_tokens clipped to what the context leaves after the prompt.
+
+        Args:
+            param: the request field that the prompt came from, for errors.
+
+        Raises:
+            RequestError: the prompt is empty or leaves no room (`context_length_exceeded`).
+        """
+        if not token_ids:
+            raise RequestError("the prompt has no tokens", param=param)
+        room = self._info.max_model_len - len(token_ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens; the model's context holds "
+                f"{self._info.max_model_len}, at least one of them for output; shorten the prompt",
+                code="context_length_exceeded",
+                param=param,
+            )
+        max_tokens = min(params.max_tokens, room)
+        return msgspec.structs.replace(
+            params, max_tokens=max_tokens, min_tokens=min(params.min_tokens, max_tokens)
+        )
+
+    def close(self) -> None:
+        """End the threads and the template's child."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._template is not None:
+            self._template.close()
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        if self._num_queued >= MAX_QUEUED:
+            raise CapacityError(f"{MAX_QUEUED} prompts are being tokenized; try again")
+        self._num_queued += 1
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        future.add_done_callback(self._on_done)
+        return await future
+
+    def _on_done(self, _: asyncio.Future[T]) -> None:
+        self._num_queued -= 1
+
+
+def template_messages(messages: list[ChatMessage], *, max_messages: int) -> list[dict[str, Any]]:
+    """Messages as templates expect them: content as one string.
+
+    Text parts are joined by newlines; `developer` becomes `system`, the name that open models know.
+
+    Raises:
+        RequestError: none or too many messages, a part that is not text, or no content.
+    """
+    if not 1 <= len(messages) <= max_messages:
+        raise RequestError(
+            f"messages has {len(messages)} entries; between 1 and {max_messages} are allowed",
+            param="messages",
+        )
+    return [_template_message(i, message) for i, message in enumerate(messages)]
+
+
+def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
+    where = f"messages[{index}]"
+    if message.tool_calls:
+        raise RequestError(
+            f"{where}.tool_calls is not supported", param=f"{where}.tool_calls", code="unsupported"
+        )
+    role = "system" if message.role == "developer" else message.role
+    plain: dict[str, Any] = {"role": role, "content": _content_text(where, message)}
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _content_text(where: str, message: ChatMessage) -> str:
+    param = f"{where}.content"
+    if message.content is None:
+        raise RequestError(f"{param} must be a string or a list of text parts", param=param)
+    if isinstance(message.content, str):
+        return message.content
+    for part in message.content:
+        if part.type != "text" or part.text is None:
+            raise RequestError(
+                f"{param} has a part of type {part.type[:40]!r}; only text parts "
+                "with a `text` string are supported",
+                param=param,
+            )
+    return "\n".join(part.text or "" for part in message.content)

@@ -1,0 +1,159 @@
+"""The reply of a generation: one JSON object, or Server-Sent Events as the OpenAI SDK reads them.
+
+Nothing is sent before the first output is there, so a refusal by the engine is still a proper HTTP
+error. A client that goes away ends the generation at once, streaming or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from xdeepserve.errors import XDeepServeError
+from xdeepserve.maas.choice import ChoiceDelta, merge_deltas
+from xdeepserve.maas.gateway import Gateway, GenerationPlan
+from xdeepserve.maas.generation import Generation, UsageTotals
+from xdeepserve.maas.http_errors import ClientGone, error_body, internal_error
+from xdeepserve.maas.schema import PromptTokensDetails, UsageInfo
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SEND_TIMEOUT_S = 60.0
+DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class ReplyFormat(Protocol):
+    """How one endpoint writes its objects. Stateful: one per request."""
+
+    def chunks(self, delta: ChoiceDelta) -> Sequence[msgspec.Struct]:
+        """Stream objects for what is new in one choice."""
+        ...
+
+    def usage_chunk(self, usage: UsageTotals) -> msgspec.Struct | None:
+        """The last stream object, if the client asked for usage."""
+        ...
+
+    def whole(self, choices: Sequence[ChoiceDelta], usage: UsageTotals) -> msgspec.Struct:
+        """The object of a reply that is not streamed."""
+        ...
+
+
+def usage_info(totals: UsageTotals) -> UsageInfo:
+    """The `usage` object."""
+    return UsageInfo(
+        prompt_tokens=totals.num_prompt_tokens,
+        completion_tokens=totals.num_output_tokens,
+        total_tokens=totals.num_prompt_tokens + totals.num_output_tokens,
+        prompt_tokens_details=PromptTokensDetails(totals.num_cached_tokens),
+    )
+
+
+def event(payload: msgspec.Struct) -> bytes:
+    """One SSE event."""
+    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Result of `work`; it is cancelled, and has ended, when the client goes away first.
+
+    Raises:
+        ClientGone: the client closed the connection.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class GenerationResponse(Response):
+    """Runs a plan and writes its reply."""
+
+    def __init__(
+        self,
+        *,
+        gateway: Gateway,
+        plan: GenerationPlan,
+        reply: ReplyFormat,
+        request_id: str,
+        is_stream: bool,
+    ) -> None:
+        self._gateway = gateway
+        self._plan = plan
+        self._reply = reply
+        self._request_id = request_id
+        self._is_stream = is_stream
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._gateway.run(self._plan, self._request_id) as generation:
+                write = self._write_stream if self._is_stream else self._write_whole
+                await unless_disconnected(receive, write(generation, send))
+        except ClientGone:
+            return
+
+    async def _write_whole(self, generation: Generation, send: Send) -> None:
+        parts: list[list[ChoiceDelta]] = [[] for _ in generation.requests]
+        while deltas := await generation.next_deltas():
+            for delta in deltas:
+                parts[delta.index].append(delta)
+        choices = [merge_deltas(part) for part in parts]
+        body = msgspec.json.encode(self._reply.whole(choices, generation.usage()))
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await _send_body(send, body, is_last=True)
+
+    async def _write_stream(self, generation: Generation, send: Send) -> None:
+        deltas = await generation.next_deltas()
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        try:
+            while deltas:
+                chunks = (chunk for delta in deltas for chunk in self._reply.chunks(delta))
+                await _send_body(send, b"".join(map(event, chunks)))
+                deltas = await generation.next_deltas()
+            usage = self._reply.usage_chunk(generation.usage())
+            tail = DONE if usage is None else event(usage) + DONE
+        except XDeepServeError as exc:
+            tail = event(error_body(exc))
+        except ClientGone:
+            raise
+        except Exception as exc:  # loop top of a stream: the status is already sent
+            logger.error("stream %s failed", self._request_id, exc_info=exc)
+            tail = event(internal_error(self._request_id))
+        await _send_body(send, tail, is_last=True)
+
+
+async def _send_body(send: Send, body: bytes, *, is_last: bool = False) -> None:
+    """Write; a client that does not read for SEND_TIMEOUT_S counts as gone."""
+    try:
+        async with asyncio.timeout(SEND_TIMEOUT_S):
+            await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+    except TimeoutError:
+        raise ClientGone from None

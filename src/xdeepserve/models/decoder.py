@@ -1,0 +1,99 @@
+"""Model and the layer loop, written once as a generator.
+
+`layer_steps` runs the attention side and yields an `FfnCall` per layer; whoever drives it sends the
+FFN output back: local units here (`forward`, the oracle), or a transport elsewhere, with as many
+generators in flight as there are microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xdeepserve.models.batch import ForwardBatch
+from xdeepserve.models.moe import FfnCall, run_ffn
+from xdeepserve.models.spec import ModelSpec
+from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
+from xdeepserve.ops import F32, Array, KVLayer, Ops, WeightDtype
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The units of one layer: `ffn` is its dense MLP or its shared experts."""
+
+    attention: AttentionUnit
+    ffn: FfnUnit | None
+    experts: ExpertUnit | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """All units of a model, in one process."""
+
+    spec: ModelSpec
+    dtype: WeightDtype
+    ops: Ops
+    embedding: EmbeddingUnit
+    layers: tuple[Layer, ...]
+    head: HeadUnit
+
+    @property
+    def kv_dtype(self) -> np.dtype[np.generic]:
+        """float32 for float32 models, else uint16 holding bfloat16 bits."""
+        return np.dtype(np.float32 if self.dtype is WeightDtype.FLOAT32 else np.uint16)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Cache bytes of one token over all layers."""
+        return self.spec.kv_values_per_token() * self.kv_dtype.itemsize
+
+    def new_kv(self, num_blocks: int, block_size: int) -> list[KVLayer]:
+        """Zeroed cache of every layer; memory is committed when it is first written."""
+        heads, dim = self.spec.attention.kv_heads_and_dim
+        shape = (num_blocks, heads, block_size, dim)
+
+        def array() -> Array:
+            return np.zeros(shape, self.kv_dtype)
+
+        has_values = self.spec.attention.num_kv_arrays == 2
+        return [KVLayer(array(), array() if has_values else None) for _ in self.layers]
+
+
+def layer_steps(
+    model: Model, batch: ForwardBatch, kv_layers: Sequence[KVLayer]
+) -> Generator[FfnCall, F32, F32]:
+    """Run the attention side of every layer.
+
+    Yields:
+        One FfnCall per layer, in order; send back its FFN output [T, H].
+
+    Returns:
+        [T, H] hidden states after the last layer, before the final norm.
+    """
+    residual, ffn_output = model.embedding(batch.token_ids), None
+    for layer_idx, layer in enumerate(model.layers):
+        out = layer.attention(residual, ffn_output, batch.attention, kv_layers[layer_idx])
+        residual = out.residual
+        ffn_output = yield FfnCall(layer_idx, out.hidden_states, out.topk_ids, out.topk_weights)
+    assert ffn_output is not None, "a model has at least one layer"
+    return residual + ffn_output
+
+
+def local_ffn(model: Model, call: FfnCall) -> F32:
+    """[T, H]: the FFN output of `call`, computed by the model's own units."""
+    layer = model.layers[call.layer_idx]
+    return run_ffn(layer.ffn, layer.experts, call)
+
+
+def forward(model: Model, batch: ForwardBatch, kv_layers: Sequence[KVLayer]) -> F32:
+    """[B', V] logits of `batch.logits_rows`, everything local: the oracle of all transports."""
+    steps = layer_steps(model, batch, kv_layers)
+    call = next(steps)
+    while True:
+        try:
+            call = steps.send(local_ffn(model, call))
+        except StopIteration as finished:
+            hidden_states: F32 = finished.value
+            return model.head(hidden_states, batch.logits_rows)

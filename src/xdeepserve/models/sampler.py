@@ -1,0 +1,157 @@
+"""Sampler: logits and per-request parameters -> token ids and log probabilities.
+
+    logits --> penalties, bias, masks (only on rows that ask) --> ops.sample --> ids
+       \\--> ops.top_logprobs (only rows that ask; raw logits, before any adjustment)
+
+Adjustments touch a few entries of a row in place and are taken back after sampling, so no copy of
+the logits is ever made. Randomness is a pure function of (seed, position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from xdeepserve.messages import SamplingParams, TokenLogprobs
+from xdeepserve.ops import F32, I32, Ops, SamplingBatch
+from xdeepserve.ops.rng import uniform
+
+_SEED_MASK = (1 << 64) - 1
+
+IdList = Sequence[int] | I32
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What the sampler must know of one sequence.
+
+    Attributes:
+        params: the request's parameters.
+        prompt_token_ids: read only for a repetition penalty.
+        output_token_ids: tokens so far; read only for penalties and min_tokens.
+        position: index of the token to be chosen, counted from the start of the prompt; with the
+            seed it determines the random number.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: IdList
+    output_token_ids: IdList
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """token_ids: one per row; logprobs: one per row, None where not asked for."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class Sampler:
+    """Chooses the next token of every row of a step. Stateless between steps."""
+
+    def __init__(self, ops: Ops, *, eos_token_ids: tuple[int, ...]) -> None:
+        self._ops = ops
+        self._eos_token_ids = eos_token_ids
+
+    def sample(self, logits: F32, rows: Sequence[SampleRow]) -> SampleResult:
+        """Sample one token per row.
+
+        Order: repetition, frequency and presence penalty, logit_bias, min_tokens mask,
+        temperature, top_k, top_p, min_p.
+
+        Args:
+            logits: [B, V]; written to during the call, as before afterwards.
+            rows: one per row of logits.
+        """
+        undo = []
+        for row_idx, row in enumerate(rows):
+            if _is_adjusted(row):
+                ids, values = self._adjust(logits[row_idx], row)
+                undo.append((row_idx, ids, logits[row_idx, ids]))
+                logits[row_idx, ids] = values
+        token_ids = self._ops.sample(logits, _sampling_batch(rows))
+        for row_idx, ids, raw in undo:
+            logits[row_idx, ids] = raw
+        return SampleResult(token_ids.tolist(), self._logprobs(logits, token_ids, rows))
+
+    def _adjust(self, logits: F32, row: SampleRow) -> tuple[I64, F32]:
+        """Ids whose logits change, and their new values."""
+        params = row.params
+        output = np.asarray(row.output_token_ids, dtype=np.int64)
+        prompt = np.asarray(row.prompt_token_ids, dtype=np.int64)
+        repeats = params.repetition_penalty != 1.0
+        masked = self._masked_ids(row)
+        biased = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
+        parts = [output, biased, masked, *([prompt] if repeats else [])]
+        ids = np.unique(np.concatenate(parts))
+        values = logits[ids].astype(np.float32)
+        if repeats:
+            seen = np.isin(ids, output) | np.isin(ids, prompt)
+            penalty = np.float32(params.repetition_penalty)
+            penalized = np.where(values > 0, values / penalty, values * penalty)
+            values = np.where(seen, penalized, values)
+        counts = np.bincount(np.searchsorted(ids, output), minlength=ids.size).astype(np.float32)
+        values -= np.float32(params.frequency_penalty) * counts
+        values -= np.float32(params.presence_penalty) * (counts > 0)
+        bias = np.fromiter(params.logit_bias.values(), np.float32, biased.size)
+        values[np.searchsorted(ids, biased)] += bias
+        values[np.searchsorted(ids, masked)] = -np.inf
+        return ids, values
+
+    def _masked_ids(self, row: SampleRow) -> I64:
+        """Ids that would end the sequence, while it is shorter than min_tokens."""
+        params = row.params
+        if len(row.output_token_ids) >= params.min_tokens:
+            return np.empty(0, np.int64)
+        eos = () if params.ignore_eos else self._eos_token_ids
+        return np.array(sorted({*eos, *params.stop_token_ids}), dtype=np.int64)
+
+    def _logprobs(
+        self, logits: F32, token_ids: I32, rows: Sequence[SampleRow]
+    ) -> list[TokenLogprobs | None]:
+        results: list[TokenLogprobs | None] = [None] * len(rows)
+        asking = [idx for idx, row in enumerate(rows) if row.params.logprobs is not None]
+        if not asking:
+            return results
+        wanted = [rows[idx].params.logprobs or 0 for idx in asking]
+        chosen, top_ids, top = self._ops.top_logprobs(
+            logits[asking], token_ids[asking], max(wanted)
+        )
+        for at, (idx, num_top) in enumerate(zip(asking, wanted, strict=True)):
+            results[idx] = TokenLogprobs(
+                float(chosen[at]), top_ids[at, :num_top].tolist(), top[at, :num_top].tolist()
+            )
+        return results
+
+
+def _is_adjusted(row: SampleRow) -> bool:
+    params = row.params
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or len(row.output_token_ids) < params.min_tokens
+    )
+
+
+def _sampling_batch(rows: Sequence[SampleRow]) -> SamplingBatch:
+    params = [row.params for row in rows]
+    greedy = np.array([p.is_greedy for p in params], dtype=bool)
+    temperature = np.array([p.temperature for p in params], dtype=np.float32)
+    random = np.zeros(len(rows), np.float64)
+    if not greedy.all():
+        seeds = np.array([p.seed & _SEED_MASK for p in params], dtype=np.uint64)
+        random = uniform(seeds, np.array([row.position for row in rows], dtype=np.int64))
+    return SamplingBatch(
+        temperature=np.where(greedy, np.float32(0), temperature),
+        top_k=np.array([p.top_k for p in params], dtype=np.int32),
+        top_p=np.array([p.top_p for p in params], dtype=np.float32),
+        min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        uniform=random,
+    )

@@ -1,0 +1,79 @@
+"""Packed weights of the reference backend: row-major values, no padding between rows.
+
+Bytes of a group: values [N, K] (float32, uint16 bfloat16 bits, or int8); for int8 the float32
+scales [N] come first. Each group is padded to a multiple of 64 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xdeepserve.ops.contract import F32, U8, Array, PackedWeight, WeightDtype
+from xdeepserve.ops.quant import from_bf16, quantize_int8, to_bf16
+
+LAYOUT = "rows/1"
+_ALIGN = 64
+_ITEM = {WeightDtype.FLOAT32: np.float32, WeightDtype.BF16: np.uint16, WeightDtype.INT8: np.int8}
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One group: stored values [N, K] and, for int8, scales [N]."""
+
+    dtype: WeightDtype
+    values: Array
+    scales: F32
+
+    @property
+    def num_out(self) -> int:
+        return int(self.values.shape[0])
+
+    def dequantized(self) -> F32:
+        """[N, K] float32 as the GEMM sees the weight."""
+        if self.dtype is WeightDtype.FLOAT32:
+            return self.values
+        if self.dtype is WeightDtype.BF16:
+            return from_bf16(self.values)
+        return self.values.astype(np.float32) * self.scales[:, None]
+
+
+def pack_rows(weight: F32, dtype: WeightDtype) -> PackedWeight:
+    """Pack [N, K] or [G, N, K] float32 values."""
+    groups = weight[None] if weight.ndim == 2 else weight
+    shape = (groups.shape[0], groups.shape[1], groups.shape[2])
+    data = np.concatenate([_pack_group(group, dtype) for group in groups])
+    return PackedWeight(LAYOUT, dtype, shape, data)
+
+
+def unpack_rows(weight: PackedWeight) -> list[Weight]:
+    """The groups of a weight packed by `pack_rows`, as views.
+
+    Raises:
+        ValueError: the weight was packed by another backend.
+    """
+    if weight.layout != LAYOUT:
+        raise ValueError(f"weight has layout {weight.layout!r}; this backend reads {LAYOUT!r}")
+    return [_view_group(weight.groups(g, g + 1)) for g in range(weight.shape[0])]
+
+
+def _pack_group(group: F32, dtype: WeightDtype) -> U8:
+    values: Array = np.ascontiguousarray(group, dtype=np.float32)
+    head = b""
+    if dtype is WeightDtype.BF16:
+        values = to_bf16(values)
+    elif dtype is WeightDtype.INT8:
+        values, scales = quantize_int8(values)
+        head = scales.tobytes()
+    raw = head + values.tobytes()
+    return np.frombuffer(raw + bytes(-len(raw) % _ALIGN), dtype=np.uint8)
+
+
+def _view_group(weight: PackedWeight) -> Weight:
+    _, n, k = weight.shape
+    head = 4 * n if weight.dtype is WeightDtype.INT8 else 0
+    item = _ITEM[weight.dtype]
+    size = n * k * np.dtype(item).itemsize
+    values = weight.data[head : head + size].view(item).reshape(n, k)
+    return Weight(weight.dtype, values, weight.data[:head].view(np.float32))

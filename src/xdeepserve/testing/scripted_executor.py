@@ -1,0 +1,101 @@
+"""ScriptedExecutor: an Executor without a model, whose tokens a test can predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
+from xdeepserve.messages import TokenLogprobs
+
+Script = Callable[[ScheduledRequest], int]
+
+_FIRST_ID = 3
+_NUM_IDS = 97
+
+
+def next_scripted_id(token_ids: Sequence[int]) -> int:
+    """The default script: a function of the sequence's last id and length, in [3, 100)."""
+    return _FIRST_ID + (token_ids[-1] * 31 + len(token_ids) * 7) % _NUM_IDS
+
+
+def scripted_output(prompt_token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """What the default script answers to a prompt."""
+    token_ids = list(prompt_token_ids)
+    for _ in range(num_tokens):
+        token_ids.append(next_scripted_id(token_ids))
+    return token_ids[len(prompt_token_ids) :]
+
+
+def _default_script(item: ScheduledRequest) -> int:
+    return next_scripted_id(item.token_ids)
+
+
+class ScriptedExecutor:
+    """Answers every sampling request with `script(item)` and logprob -0.5.
+
+    It keeps a token per KV slot, as a model keeps keys, and checks before it answers that the
+    slots of the whole context hold the request's own tokens: a scheduler or prefix cache that
+    mixes blocks up is caught in the step where it happens.
+
+    Attributes:
+        plans: every plan executed, newest last; only counts are safe to read later.
+        fail_with: raise this in the next step.
+    """
+
+    def __init__(
+        self, *, num_blocks: int, block_size: int, script: Script = _default_script
+    ) -> None:
+        self.plans: list[StepPlan] = []
+        self.fail_with: Exception | None = None
+        self.is_closed = False
+        self._block_size = block_size
+        self._slots = [-1] * (num_blocks * block_size)
+        self._script = script
+
+    def warm_up(self) -> None:
+        """Nothing to touch."""
+
+    def execute(self, *, plan: StepPlan) -> StepResult:
+        """See Executor.execute.
+
+        Raises:
+            AssertionError: a KV slot of a context does not hold the context's token.
+        """
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.plans.append(plan)
+        for item in plan.scheduled:
+            self._write(item)
+        for item in plan.scheduled:
+            self._check_context(item)
+        return StepResult(
+            token_ids=tuple((self._script(i),) if i.samples else () for i in plan.scheduled),
+            logprobs=tuple(_logprobs(i) for i in plan.scheduled),
+        )
+
+    def close(self) -> None:
+        """Remember that it was called."""
+        self.is_closed = True
+
+    def _slot(self, item: ScheduledRequest, position: int) -> int:
+        block_idx, offset = divmod(position, self._block_size)
+        return item.block_ids[block_idx] * self._block_size + offset
+
+    def _write(self, item: ScheduledRequest) -> None:
+        start = item.num_computed_tokens
+        for position in range(start, start + item.num_scheduled_tokens):
+            self._slots[self._slot(item, position)] = item.token_ids[position]
+
+    def _check_context(self, item: ScheduledRequest) -> None:
+        for position in range(item.num_computed_tokens + item.num_scheduled_tokens):
+            found = self._slots[self._slot(item, position)]
+            assert found == item.token_ids[position], (
+                f"{item.request_id}: KV of position {position} belongs to token {found}, "
+                f"not {item.token_ids[position]}"
+            )
+
+
+def _logprobs(item: ScheduledRequest) -> tuple[TokenLogprobs, ...] | None:
+    if item.params.logprobs is None or not item.samples:
+        return None
+    return (TokenLogprobs(-0.5, [], []),)

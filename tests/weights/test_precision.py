@@ -1,0 +1,58 @@
+"""bf16 and int8 stay close to float32 on real text: mean KL of the next-token distribution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from xdeepserve.models.batch import ForwardBatch
+from xdeepserve.models.decoder import forward
+from xdeepserve.models.loader import load_model
+from xdeepserve.ops import F32, AttentionBatch, get_ops
+from xdeepserve.text.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.weights, pytest.mark.slow]
+
+TEXT = Path(__file__).with_name("alice.txt")
+BLOCK_SIZE = 16
+LIMITS = {"bf16": 1e-3, "int8": 2e-2}
+
+
+def log_probabilities(model_dir: Path, dtype: str) -> F32:
+    """[T, V] log softmax at every position of the text."""
+    ids = Tokenizer.from_folder(model_dir).encode(TEXT.read_text(), add_special_tokens=False)
+    num_tokens = len(ids)
+    model = load_model(model_dir, dtype=dtype, ops=get_ops("cpu"))
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    everything = np.arange(num_tokens, dtype=np.int32)
+    batch = ForwardBatch(
+        token_ids=np.array(ids, np.int32),
+        attention=AttentionBatch(
+            query_start=np.array([0, num_tokens], np.int32),
+            seq_lens=np.array([num_tokens], np.int32),
+            block_tables=np.arange(num_blocks, dtype=np.int32)[None],
+            positions=everything,
+            slot_mapping=everything,
+        ),
+        logits_rows=everything,
+    )
+    logits = forward(model, batch, model.new_kv(num_blocks, BLOCK_SIZE))
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: F32 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+@pytest.mark.parametrize("name", ["dense_dir", "moe_dir"])
+def test_mean_kl_on_real_text(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model_dir: Path = request.getfixturevalue(name)
+    exact = log_probabilities(model_dir, "float32")
+    probabilities = np.exp(exact)
+    for dtype, limit in LIMITS.items():
+        rounded = log_probabilities(model_dir, dtype)
+        divergence = float((probabilities * (exact - rounded)).sum(axis=1).mean())
+        print(f"\n{name} {dtype}: mean KL {divergence:.2e} over {len(exact)} positions")
+        assert 0 < divergence < limit
