@@ -32,7 +32,9 @@ def check_config(module: ModuleType) -> Iterator[str]:
             if field.default is dataclasses.MISSING:
                 yield f"{where}: no default"
         docstring = (declared.__doc__ or "").strip()
-        if not docstring or docstring.startswith(f"{name}("):  # the latter is generated
+        if not docstring or docstring.startswith(
+            f"{declared.__name__}("
+        ):  # the latter is generated
             yield f"{name}: no docstring"
 
 

@@ -46,13 +46,13 @@ struct Filters {
   double uniform;
 };
 
-// Candidates within `window`, best first; all of them when it is infinite. Returns their number.
+// Candidates within `window`, best first; all but NaN when it is infinite. Returns their number.
 int64_t collect(const Row& row, float window, int32_t* out) {
   const float bound = row.largest - window * row.temperature;
   int64_t count = 0;
   for (int64_t i = 0; i < row.n; ++i) {
     out[count] = static_cast<int32_t>(i);
-    count += row.logits[i] >= bound || window == INFINITY;
+    count += row.logits[i] >= bound;  // never true for NaN, which has no place in an order
   }
   std::sort(out, out + count, [&](int32_t a, int32_t b) {
     const float x = row.logits[a], y = row.logits[b];
@@ -61,11 +61,11 @@ int64_t collect(const Row& row, float window, int32_t* out) {
   return count;
 }
 
-// The sampled token, or -1 when `count` sorted candidates do not decide it.
-int32_t decide(const Row& row, const Filters& f, const int32_t* sorted, int64_t count) {
-  const bool is_all = count == row.n;
+// The sampled token, or -1 when `count` sorted candidates do not decide it; all of them always do.
+int32_t decide(const Row& row, const Filters& f, const int32_t* sorted, int64_t count,
+               bool is_all) {
   const int64_t limit = f.top_k > 0 ? std::min(f.top_k, row.n) : row.n;
-  if (f.top_k > 0 && count < limit) return -1;
+  if (f.top_k > 0 && count < limit && !is_all) return -1;
   bool is_final = is_all || f.top_k > 0;  // does [0, kept) hold all that may be sampled?
   int64_t kept = std::min(count, limit);
   double total = row.total;
@@ -110,7 +110,7 @@ int32_t sample_row(const Kernels& kernels, const float* logits, int64_t n, float
   const Row row{logits, mass, n, sum_in_double(mass, n), largest, temperature};
   for (const float window : kWindows) {
     const int64_t count = collect(row, window, candidates);
-    const int32_t token = decide(row, filters, candidates, count);
+    const int32_t token = decide(row, filters, candidates, count, window == INFINITY);
     if (token >= 0) return token;
   }
   return candidates[0];

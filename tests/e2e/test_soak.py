@@ -25,7 +25,18 @@ NUM_ROUNDS = 3
 
 def _jobs() -> list[dict[str, object]]:
     rng = random.Random(11)
-    words = "river stone cloud winter engine garden paper silver music harbour".split()
+    words = [
+        "river",
+        "stone",
+        "cloud",
+        "winter",
+        "engine",
+        "garden",
+        "paper",
+        "silver",
+        "music",
+        "harbour",
+    ]
     return [
         {
             "model": MODEL,

@@ -78,7 +78,6 @@ def main() -> None:
         oracle = load_oracle(checkpoint)
         np.savez_compressed(DATA / f"{name}.npz", **golden_vectors(oracle, prompt))
         (DATA / f"{name}.config.json").write_text(written_config(oracle, checkpoint))
-        print(f"{name}: {(DATA / f'{name}.npz').stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.models.decoder import forward
 from xdeepserve.models.loader import load_model
-from xdeepserve.ops import F32, AttentionBatch, get_ops
+from xdeepserve.ops import F32, AttentionBatch, WeightDtype, get_ops
 from xdeepserve.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
@@ -24,7 +24,7 @@ def log_probabilities(model_dir: Path, dtype: str) -> F32:
     """[T, V] log softmax at every position of the text."""
     ids = Tokenizer.from_folder(model_dir).encode(TEXT.read_text(), add_special_tokens=False)
     num_tokens = len(ids)
-    model = load_model(model_dir, dtype=dtype, ops=get_ops("cpu"))
+    model = load_model(model_dir, dtype=WeightDtype(dtype), ops=get_ops("cpu"))
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     everything = np.arange(num_tokens, dtype=np.int32)
     batch = ForwardBatch(
@@ -45,9 +45,7 @@ def log_probabilities(model_dir: Path, dtype: str) -> F32:
 
 
 @pytest.mark.parametrize("name", ["dense_dir", "moe_dir"])
-def test_mean_kl_on_real_text(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_mean_kl_on_real_text(name: str, request: pytest.FixtureRequest) -> None:
     model_dir: Path = request.getfixturevalue(name)
     exact = log_probabilities(model_dir, "float32")
     probabilities = np.exp(exact)

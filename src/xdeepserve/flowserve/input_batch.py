@@ -76,6 +76,6 @@ def split_microbatches(
         return [scheduled]
     ends = np.cumsum([s.num_scheduled_tokens for s in scheduled])
     goals = ends[-1] * np.arange(1, count) / count
-    cuts = np.searchsorted(ends, goals) + 1
-    borders = sorted({0, len(scheduled), *(int(c) for c in cuts if c < len(scheduled))})
+    cuts = np.abs(ends[:-1, None] - goals).argmin(axis=0) + 1
+    borders = [0, *sorted(set(cuts.tolist())), len(scheduled)]
     return [scheduled[a:b] for a, b in pairwise(borders)]

@@ -26,7 +26,7 @@ from xdeepserve.loadgen.http_client import HttpClient
 from xdeepserve.loadgen.http_connection import HttpStatusError, Timeouts
 from xdeepserve.loadgen.openai_stream import first_model
 from xdeepserve.loadgen.report import json_line, machine_fingerprint, print_metrics, warnings_for
-from xdeepserve.loadgen.slo_search import Probe, SearchConfig, SearchResult, run_search
+from xdeepserve.loadgen.slo_search import Probe, SearchConfig, run_search, verdict
 
 __all__ = ["add_bench_serve_arguments", "add_chat_arguments", "run_bench_serve", "run_chat"]
 
@@ -101,7 +101,7 @@ async def _search(client: HttpClient, model: str, *, config: SearchConfig) -> in
     header = ("concurrency", "requests", "TPOT ms", "p99 ms", "TTFT ms", "output tok/s", "SLO")
     print(_PROBE_COLUMNS.format(*header))
     result = await run_search(client, model, config, on_probe=_print_probe)
-    print(_verdict(result))
+    print(verdict(result))
     document = {
         "benchmark": "serve-slo-search",
         "url": str(client.origin),
@@ -125,17 +125,3 @@ def _print_probe(probe: Probe) -> None:
         "kept" if probe.is_within_slo else "missed",
     )
     print(row, flush=True)
-
-
-def _verdict(result: SearchResult) -> str:
-    if result.best is None:
-        probe = result.probes[0]
-        return (
-            f"SLO missed: a single request at a time already has a mean TPOT of "
-            f"{probe.mean_tpot_ms:.1f} ms, above {result.tpot_slo_ms:g} ms"
-        )
-    best = result.best
-    return (
-        f"best: {best.output_tokens_per_s:.1f} output tokens/s at concurrency "
-        f"{best.concurrency}, mean TPOT {best.mean_tpot_ms:.1f} <= {result.tpot_slo_ms:g} ms"
-    )

@@ -87,6 +87,21 @@ def _best(probes: Sequence[Probe]) -> Probe | None:
     return max(good, key=lambda probe: probe.output_tokens_per_s, default=None)
 
 
+def verdict(result: SearchResult) -> str:
+    """One sentence: the best point, or that there is none."""
+    if result.best is None:
+        probe = result.probes[0]
+        return (
+            f"SLO missed: a single request at a time already has a mean TPOT of "
+            f"{probe.mean_tpot_ms:.1f} ms, above {result.tpot_slo_ms:g} ms"
+        )
+    best = result.best
+    return (
+        f"best: {best.output_tokens_per_s:.1f} output tokens/s at concurrency "
+        f"{best.concurrency}, mean TPOT {best.mean_tpot_ms:.1f} <= {result.tpot_slo_ms:g} ms"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchConfig:
     """How to search.

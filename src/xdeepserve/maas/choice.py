@@ -132,7 +132,10 @@ class ChoiceText:
 
     def _release(self, *, is_last: bool) -> list[TokenEntry]:
         """Entries whose text begins in what was emitted; all when nothing is held back."""
-        is_all = self._num_emitted == self._num_decoded or (is_last and not self.is_stopped)
+        is_all = self._num_emitted == self._num_decoded and (
+            self._detokenizer.is_between_code_points
+        )
+        is_all = is_all or (is_last and not self.is_stopped)
         released: list[TokenEntry] = []
         while self._pending and (is_all or self._pending[0].text_offset < self._num_emitted):
             released.append(self._pending.popleft())

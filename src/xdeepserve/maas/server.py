@@ -170,6 +170,7 @@ def run_server(
     app: Starlette,
     config: GatewayConfig,
     *,
+    listener: socket.socket | None = None,
     access_log: bool = False,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -177,14 +178,15 @@ def run_server(
 
     Args:
         app: from `create_app`; its lifespan closes the engine at the end.
+        listener: from `bind`, to claim the port before slow work; by default bound here.
         on_ready: called with the base URL when connections are accepted; by default a line
             `xdeepserve: serving MODEL on URL` goes to stdout.
 
     Raises:
         ConfigError: the address cannot be bound.
     """
-    listener = bind(config)
-    url = url_of(listener)
+    bound = bind(config) if listener is None else listener
+    url = url_of(bound)
 
     def announce() -> None:
         if on_ready is not None:
@@ -194,5 +196,5 @@ def run_server(
             print(f"xdeepserve: serving {name} on {url}", flush=True)  # noqa: T201
 
     server = make_server(app, config, access_log=access_log, on_ready=announce)
-    with listener:
-        server.run(sockets=[listener])
+    with bound:
+        server.run(sockets=[bound])

@@ -9,26 +9,25 @@ A warm load reads the memo and the packed file; of the source it only asks size 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
 from xdeepserve import envs
-from xdeepserve.errors import ConfigError, ModelFormatError
-from xdeepserve.models import build, build_attention, quantize, weights
+from xdeepserve.errors import ModelFormatError
+from xdeepserve.models import build, build_attention, checkpoint, families, quantize, weights
 from xdeepserve.models.build import build_model
 from xdeepserve.models.checkpoint import FileCheckpoint, open_checkpoint
 from xdeepserve.models.checkpoint_api import ArrayLoader, LinearLoader
 from xdeepserve.models.decoder import Model
 from xdeepserve.models.families import parse_spec
 from xdeepserve.models.files import gguf_file, gguf_llama, number_formats, safetensors_file
+from xdeepserve.models.files.checkpoint_writer import home_error, make_home_folder
 from xdeepserve.models.files.file_lock import file_lock
 from xdeepserve.models.files.packed_file import PackedFile, PackedFileWriter, PackedKey
 from xdeepserve.models.files.source_digest import (
@@ -37,22 +36,16 @@ from xdeepserve.models.files.source_digest import (
     source_digest,
     stamp_files,
 )
-from xdeepserve.ops import F32, Array, Ops, PackedWeight, WeightDtype
+from xdeepserve.ops import F32, Array, Ops, PackedWeight, WeightDtype, quant
 from xdeepserve.ops.contract import U8
 
 LOCK_TIMEOUT_S: Final = 3600.0
 STALE_AFTER_S: Final = 86400.0
 
-_RECIPE_MODULES: Final[tuple[ModuleType, ...]] = (
-    build,
-    build_attention,
-    weights,
-    quantize,
-    number_formats,
-    safetensors_file,
-    gguf_file,
-    gguf_llama,
-)
+_RECIPE_MODULES: Final = (
+    build, build_attention, checkpoint, families, gguf_file, gguf_llama, number_formats, quant,
+    quantize, safetensors_file, weights,
+)  # fmt: skip
 """The code that decides what is in a packed file; when it changes, files are made anew."""
 
 _log = logging.getLogger(__name__)
@@ -84,9 +77,8 @@ def load_model(
         DeadlineExceeded: another process packed for longer than an hour.
     """
     source = open_checkpoint(path)
-    directory = cache_dir or envs.HOME.get() / "packed"
+    directory = make_home_folder(cache_dir or envs.HOME.get() / "packed")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         key = PackedKey(
             digest=source_digest(source.files, memo_dir=directory, progress=progress),
             dtype=dtype.value,
@@ -98,10 +90,7 @@ def load_model(
             with file_lock(directory / f"{key.file_name}.lock", timeout_s=LOCK_TIMEOUT_S):
                 packed = _open(directory, key) or _pack(source, directory, key, ops, progress)
     except OSError as exc:
-        raise ConfigError(
-            f"cache folder {directory} cannot be used: {exc.strerror or exc}; free some space or "
-            "set XDEEPSERVE_HOME to another folder"
-        ) from exc
+        raise home_error(directory, exc) from exc
     spec = parse_spec(packed.config)
     provider = PackedProvider(packed)
     return build_model(spec, provider, ops, dtype=dtype, max_positions=max_positions)
@@ -200,15 +189,13 @@ class TrackedCheckpoint:
 
 
 def _open(directory: Path, key: PackedKey) -> PackedFile | None:
-    """The packed file of `key`; None if there is none. A damaged one is reported and removed."""
-    path = directory / key.file_name
+    """The packed file of `key`; None if there is none. A damaged one is reported as none."""
     try:
-        return PackedFile(path, key)
+        return PackedFile(directory / key.file_name, key)
     except FileNotFoundError:
         return None
     except ModelFormatError as exc:
         _log.warning("%s; it is made anew", exc)
-        path.unlink(missing_ok=True)
         return None
 
 
@@ -218,22 +205,22 @@ def _pack(
     """Write the packed file of `key`. The caller holds its lock, so the temporary is ours alone."""
     _remove_stale(directory)
     stamps = stamp_files(source.files)
-    checkpoint = TrackedCheckpoint(source, progress)
+    tracked = TrackedCheckpoint(source, progress)
     spec = parse_spec(source.config)
     temporary = directory / f"{key.file_name}.tmp"
     writer = PackedFileWriter(temporary, key, source.config)
     try:
-        build_model(
-            spec, PackingProvider(writer, ops), ops, checkpoint, dtype=WeightDtype(key.dtype)
-        )
+        build_model(spec, PackingProvider(writer, ops), ops, tracked, dtype=WeightDtype(key.dtype))
         writer.finish()
         check_unchanged(source.files, stamps)
-        _warn_unread(checkpoint.unread, tied=spec.tie_embeddings)
+        _warn_unread(tracked.unread, tied=spec.tie_embeddings)
+        packed = PackedFile(temporary, key, verify=False)
         temporary.rename(directory / key.file_name)
     finally:
         writer.close()
         temporary.unlink(missing_ok=True)
-    return PackedFile(directory / key.file_name, key, verify=False)
+    _remove_predecessors(directory, key)
+    return packed
 
 
 def _groups(weight: F32) -> Iterator[F32]:
@@ -263,8 +250,22 @@ def _remove_stale(directory: Path) -> None:
 
 
 def _recipe() -> str:
-    code = "".join(inspect.getsource(module) for module in _RECIPE_MODULES)
-    return f"{zlib.crc32(code.encode()):08x}"
+    """Checksum of the source of _RECIPE_MODULES; of a package, of all its files."""
+    paths: list[Path] = []
+    for module in _RECIPE_MODULES:
+        path = Path(module.__file__ or "")
+        paths += sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]
+    crc = 0
+    for path in paths:
+        crc = zlib.crc32(path.read_bytes(), crc)
+    return f"{crc:08x}"
+
+
+def _remove_predecessors(directory: Path, key: PackedKey) -> None:
+    """Remove what older code packed from the same weights; who has it mapped keeps it."""
+    for path in directory.glob(f"{key.file_prefix}-*.pack"):
+        if path.name != key.file_name:
+            path.unlink(missing_ok=True)
 
 
 def _num_values(shape: tuple[int, ...]) -> int:

@@ -36,9 +36,7 @@ class BlockPool:
             IntegrityError: none is free; the caller must check `num_free` first.
         """
         if not self._free:
-            raise IntegrityError(
-                f"allocate() on a pool whose {self.num_blocks} blocks are all held"
-            )
+            raise IntegrityError(f"allocate(): all {self.num_blocks} KV blocks are held")
         block_id, _ = self._free.popitem(last=False)
         self._ref_counts[block_id] = 1
         return block_id

@@ -6,6 +6,7 @@ another name (upcycled).
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Final
 
 from xdeepserve import envs
 from xdeepserve.errors import ConfigError
+from xdeepserve.models.files.checkpoint_writer import home_error, make_home_folder
 from xdeepserve.models.files.file_lock import file_lock
 from xdeepserve.models.files.source_digest import Progress
 from xdeepserve.store.convert import convert_gguf
@@ -77,9 +79,8 @@ def resolve(name_or_path: str, *, progress: Progress | None = None) -> Path:
         ConfigError: neither an existing path nor a known name.
         XDeepServeError: the model could not be downloaded or made.
     """
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
+    if os.path.exists(name_or_path):
+        return Path(name_or_path)
     installed = models_folder() / name_or_path
     if _NAME.fullmatch(name_or_path) and installed.is_dir():
         return installed
@@ -99,20 +100,16 @@ def pull(name: str, *, progress: Progress | None = None) -> Path:
     entry = CATALOG.get(name)
     if entry is None:
         raise ConfigError(
-            f"model {name!r} is neither an existing path nor a known name; known names: "
+            f"model {name[:200]!r} is neither an existing path nor a known name; known names: "
             f"{', '.join([*CATALOG, *(n for n in installed_names() if n not in CATALOG)])}"
         )
-    folder = models_folder() / name
+    folder = make_home_folder(models_folder()) / name
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(folder.with_name(f".{name}.lock"), timeout_s=LOCK_TIMEOUT_S):
+            if not folder.is_dir():
+                entry.make(folder, progress)
     except OSError as exc:
-        raise ConfigError(
-            f"{folder.parent} cannot be written: {exc.strerror or exc}; set XDEEPSERVE_HOME to a "
-            "folder that can"
-        ) from exc
-    with file_lock(folder.with_name(f".{name}.lock"), timeout_s=LOCK_TIMEOUT_S):
-        if not folder.is_dir():
-            entry.make(folder, progress)
+        raise home_error(folder, exc) from exc
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from xdeepserve import envs
 from xdeepserve.models.checkpoint import GGUFCheckpoint, open_checkpoint
-from xdeepserve.models.files.checkpoint_writer import new_folder, write_hf_folder
+from xdeepserve.models.files.checkpoint_writer import make_home_folder, new_folder, write_hf_folder
 from xdeepserve.models.files.file_lock import file_lock
 from xdeepserve.models.files.gguf_file import GGUFFile
 from xdeepserve.models.files.safetensors_file import TensorPlan
@@ -66,8 +66,7 @@ def tokenizer_folder(path: Path) -> Path:
     checkpoint = open_checkpoint(path)
     if not isinstance(checkpoint, GGUFCheckpoint):
         return path
-    parent = envs.HOME.get() / "tokenizers"
-    parent.mkdir(parents=True, exist_ok=True)
+    parent = make_home_folder(envs.HOME.get() / "tokenizers")
     folder = parent / source_digest(checkpoint.files, memo_dir=parent)[:32]
     with file_lock(parent / "lock", timeout_s=LOCK_TIMEOUT_S):
         if not folder.is_dir():

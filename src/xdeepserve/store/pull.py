@@ -180,7 +180,10 @@ def _report(log: Path, progress: Progress | None) -> None:
 
 
 def _failure(command: Sequence[str], log: Path) -> str:
-    text = log.read_text(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if not line.startswith("Progress ")]
-    last = " | ".join(line for line in lines if line)[-600:]
-    return f"could not download {command[-1]}: {last or 'no output'}; check the network or index"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    said = [line for line in lines if line and not line.startswith("Progress ")]
+    reason = " | ".join([line for line in said if line.startswith("ERROR")] or said[-3:])
+    return (
+        f"could not download {command[-1]}: {reason[-600:] or 'no output'}; "
+        "check the network and pip's index"
+    )

@@ -39,11 +39,19 @@ class ChatTemplate:
     Args:
         source: Jinja source, untrusted.
         special_tokens: `bos_token` and the like, visible to the template.
+        timeout_s: wall-clock limit of one rendering.
     """
 
-    def __init__(self, source: str, *, special_tokens: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        timeout_s: float = RENDER_TIMEOUT_S,
+    ) -> None:
         self._source = source
         self._special_tokens = special_tokens or {}
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -108,7 +116,7 @@ class ChatTemplate:
         if self._child is None or self._child.poll() is not None:
             self._kill()
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "xdeepserve.text.template_worker"],
+                [sys.executable, "-m", "xdeepserve.text.template_worker", str(self._timeout_s)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
@@ -126,13 +134,13 @@ class ChatTemplate:
             write_frame(child.stdin, msgspec.json.encode(command))
             poller = select.poll()
             poller.register(child.stdout, select.POLLIN)
-            ready = poller.poll((RENDER_TIMEOUT_S + _GRACE_S) * 1000)
+            ready = poller.poll((self._timeout_s + _GRACE_S) * 1000)
             frame = read_frame(child.stdout) if ready else None
         except OSError:
             frame = None
         if frame is None:
             self._kill()
-            raise _WorkerDied(f"did not finish within {RENDER_TIMEOUT_S:g} s")
+            raise _WorkerDied(f"did not finish within {self._timeout_s:g} s")
         return msgspec.json.decode(frame, type=_Reply)
 
     def _kill(self) -> None:

@@ -34,6 +34,11 @@ class Detokenizer:
             return ""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
+    @property
+    def is_between_code_points(self) -> bool:
+        """Whether no code point waits for its last bytes."""
+        return not self._decoder.getstate()[0]
+
     def finish(self) -> str:
         """What is left at the end: U+FFFD for a code point cut short, else nothing."""
         return self._decoder.decode(b"", final=True)

@@ -99,14 +99,14 @@ def _answer(frame: bytes, template: jinja2.Template | None) -> tuple[jinja2.Temp
     return template, {"text": render(template, command["variables"])}
 
 
-def main() -> None:
+def main(timeout_s: float) -> None:
     """Serve frames until stdin closes: first the source, then one set of variables at a time."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes us
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     template: jinja2.Template | None = None
     while (frame := read_frame(sys.stdin.buffer)) is not None:
-        signal.setitimer(signal.ITIMER_REAL, RENDER_TIMEOUT_S)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
         try:
             template, reply = _answer(frame, template)
         except MemoryError:
@@ -119,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,3 +155,20 @@ class FakeServer:
         reply = Reply(writer)
         await self.handler(request, reply)
         return reply.keep_alive
+
+
+@contextmanager
+def served(handler: Handler = answer) -> Iterator[FakeServer]:
+    """A FakeServer on a loop of its own in a thread, for tests of blocking entry points."""
+    server = FakeServer(handler)
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        runner.run(server.__aenter__())
+        thread = threading.Thread(target=loop.run_forever, name="fake-server")
+        thread.start()
+        try:
+            yield server
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(timeout=10)
+            runner.run(server.__aexit__())

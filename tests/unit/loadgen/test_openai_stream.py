@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,7 @@ PAYLOADS = [b'{"a":"\xc3\xa9"}', b"two", b"three", b"four\nfive", b"[DONE]"]
 def test_payloads_are_the_same_wherever_reads_end(cuts: list[int]) -> None:
     splitter = SseSplitter()
     borders = [0, *sorted(cuts), len(STREAM)]
-    reads = [STREAM[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    reads = [STREAM[a:b] for a, b in itertools.pairwise(borders)]
     assert [payload for read in reads for payload in splitter.feed(read)] == PAYLOADS
 
 

@@ -28,24 +28,16 @@ from xdeepserve.loadgen.runner import (
 )
 from xdeepserve.loadgen.workload import WorkloadRequest
 from xdeepserve.telemetry import RequestTimeline
+from xdeepserve.testing.fake_clock import FakeClock
 
 REQUEST = WorkloadRequest("/v1/completions", {"prompt": [1, 2], "max_tokens": 3}, 2, 3)
 
 
-class FakeClock:
+class SleepClock(FakeClock):
     """Time moves only when somebody sleeps."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall(self) -> float:
-        return self.now
-
     async def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        self.advance(seconds)
         await asyncio.sleep(0)
 
 
@@ -53,14 +45,14 @@ class TickClock(FakeClock):
     """Every look at the clock takes a second."""
 
     def monotonic(self) -> float:
-        self.now += 1.0
-        return self.now
+        self.advance(1.0)
+        return super().monotonic()
 
 
 class FakeSend:
     """Answers each request after `service_s`, and remembers how many were under way."""
 
-    def __init__(self, clock: FakeClock, service_s: float = 1.0) -> None:
+    def __init__(self, clock: SleepClock, service_s: float = 1.0) -> None:
         self.clock = clock
         self.service_s = service_s
         self.num_under_way = 0
@@ -73,7 +65,7 @@ class FakeSend:
         self.most_under_way = max(self.most_under_way, self.num_under_way)
         await self.clock.sleep(self.service_s)
         self.num_under_way -= 1
-        return RequestRecord(RequestTimeline(arrived_s), 3, ended_s=self.clock.now)
+        return RequestRecord(RequestTimeline(arrived_s), 3, ended_s=self.clock.monotonic())
 
 
 def endless() -> Iterator[WorkloadRequest]:
@@ -85,7 +77,7 @@ def ignore(record: RequestRecord) -> None:
 
 
 async def test_closed_loop_keeps_its_concurrency() -> None:
-    clock = FakeClock()
+    clock = SleepClock()
     send = FakeSend(clock)
     records = await run_closed_loop(
         send, endless(), concurrency=4, limit=Limit(10), on_record=ignore, clock=clock
@@ -95,7 +87,7 @@ async def test_closed_loop_keeps_its_concurrency() -> None:
 
 
 async def test_closed_loop_stops_at_the_duration() -> None:
-    clock = FakeClock()
+    clock = SleepClock()
     records = await run_closed_loop(
         FakeSend(clock),
         endless(),
@@ -108,7 +100,7 @@ async def test_closed_loop_stops_at_the_duration() -> None:
 
 
 async def test_open_loop_sends_at_the_drawn_times() -> None:
-    clock = FakeClock()
+    clock = SleepClock(monotonic_s=100.0)
     send = FakeSend(clock, service_s=0.0)
     arrivals = Arrivals(rate=2.0, seed=7)
     await run_open_loop(
@@ -125,7 +117,7 @@ async def test_open_loop_sends_at_the_drawn_times() -> None:
 
 
 async def test_open_loop_does_not_wait_for_answers() -> None:
-    clock = FakeClock()
+    clock = SleepClock()
     release = asyncio.Event()
     started: list[float] = []
 
@@ -151,7 +143,7 @@ async def test_open_loop_does_not_wait_for_answers() -> None:
 
 async def test_open_loop_records_what_it_could_not_send(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "MAX_IN_FLIGHT", 2)
-    clock = FakeClock()
+    clock = SleepClock()
     release = asyncio.Event()
     seen: list[RequestRecord] = []
 
@@ -195,7 +187,7 @@ async def test_request_is_timed_and_counted_by_usage() -> None:
         await reply.end_stream()
 
     async with FakeServer(handler) as server, HttpClient(server.url) as client:
-        record = await RequestSender(client, TickClock()).send(REQUEST, 100.0)
+        record = await RequestSender(client, TickClock()).send(REQUEST, 1000.0)
     assert record.error is None
     assert record.timeline.num_output_tokens == 3
     assert len(record.gaps_s) == 1

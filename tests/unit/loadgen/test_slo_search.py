@@ -11,7 +11,14 @@ from xdeepserve.loadgen.bench_serve import BenchConfig
 from xdeepserve.loadgen.http_client import HttpClient
 from xdeepserve.loadgen.http_connection import ClientError
 from xdeepserve.loadgen.runner import Limit
-from xdeepserve.loadgen.slo_search import Probe, SearchConfig, SearchResult, find_best, run_search
+from xdeepserve.loadgen.slo_search import (
+    Probe,
+    SearchConfig,
+    SearchResult,
+    find_best,
+    run_search,
+    verdict,
+)
 from xdeepserve.loadgen.workload import LengthDistribution, WorkloadConfig
 
 SLO = 50.0
@@ -57,6 +64,8 @@ async def test_no_load_keeps_the_slo() -> None:
     result = await search(lambda c: 60.0)
     assert result.best is None
     assert [probe.concurrency for probe in result.probes] == [1]
+    assert "SLO missed" in verdict(result)
+    assert "60.0 ms, above 50 ms" in verdict(result)
 
 
 async def test_best_is_the_highest_rate_not_the_highest_load() -> None:
@@ -64,6 +73,7 @@ async def test_best_is_the_highest_rate_not_the_highest_load() -> None:
     result = await search(lambda c: 5.0 if c <= 4 else 45.0, max_concurrency=8)
     assert result.best is not None
     assert result.best.concurrency == 4
+    assert verdict(result).startswith("best: 800.0 output tokens/s at concurrency 4")
 
 
 def config(output_len: int = 3) -> SearchConfig:

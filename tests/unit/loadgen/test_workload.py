@@ -13,6 +13,7 @@ import pytest
 
 from xdeepserve.errors import ConfigError
 from xdeepserve.loadgen.workload import (
+    DatasetRow,
     LengthDistribution,
     Workload,
     WorkloadConfig,
@@ -58,8 +59,11 @@ def test_length_prints_as_it_is_written(spec: str) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "0", "-1", "1.5", "x", "nan", "inf", "1e12", "uniform:5", "uniform:9:3", "uniform:0:3"]
-    + ["uniform:1:2:3", "lognormal:0:1", "lognormal:10:-1", "lognormal:10:nan", "zipf:1:2"],
+    [
+        *("", "0", "-1", "1.5", "x", "nan", "inf", "1e12"),
+        *("uniform:5", "uniform:9:3", "uniform:0:3", "uniform:1:2:3"),
+        *("lognormal:0:1", "lognormal:10:-1", "lognormal:10:nan", "zipf:1:2"),
+    ],
 )
 def test_bad_length_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match="length"):
@@ -172,12 +176,6 @@ def test_missing_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_token_id_prompt_on_chat_is_refused() -> None:
-    rows = tuple(read_dataset_rows())
+    row = DatasetRow(output_len=1, prompt=[1, 2])
     with pytest.raises(ConfigError, match="token ids"):
-        take(WorkloadConfig(endpoint="chat", dataset=rows), 1)
-
-
-def read_dataset_rows() -> list[Any]:
-    from xdeepserve.loadgen.workload import DatasetRow
-
-    return [DatasetRow(output_len=1, prompt=[1, 2])]
+        take(WorkloadConfig(endpoint="chat", dataset=(row,)), 1)

@@ -15,6 +15,27 @@ from xdeepserve.errors import ConfigError
 from xdeepserve.models.files.safetensors_file import TensorPlan, write_safetensors
 
 
+def make_home_folder(folder: Path) -> Path:
+    """Create `folder` (somewhere under XDEEPSERVE_HOME) and its parents; returns it.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise home_error(folder, exc) from exc
+    return folder
+
+
+def home_error(folder: Path, cause: OSError) -> ConfigError:
+    """The error for a folder under XDEEPSERVE_HOME that cannot be written."""
+    return ConfigError(
+        f"{folder} cannot be used: {cause.strerror or cause}; free some space or set "
+        "XDEEPSERVE_HOME to another folder"
+    )
+
+
 @contextmanager
 def new_folder(dst: Path) -> Iterator[Path]:
     """A hidden empty folder beside `dst`, renamed to `dst` at the end of the `with` block.

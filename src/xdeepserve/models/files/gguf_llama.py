@@ -7,7 +7,6 @@ halves (i, i + D/2). `hf_tensor` undoes the permutation.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -103,11 +102,6 @@ def hf_config(file: GGUFFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.entries,
         **_special_ids(file.metadata),
     }
-
-
-def read_gguf_config(path: Path) -> dict[str, Any]:
-    """`hf_config` of the file at `path`."""
-    return hf_config(GGUFFile(path))
 
 
 class _Fields:

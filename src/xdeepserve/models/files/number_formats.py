@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from xdeepserve.ops import F32
+from xdeepserve.ops.quant import from_bf16, to_bf16
 
 U8 = npt.NDArray[np.uint8]
-U16 = npt.NDArray[np.uint16]
 
 ITEM_BYTES: Final = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -33,7 +33,7 @@ def to_float32(raw: U8, dtype: str) -> F32:
     if dtype == "F16":
         return np.frombuffer(raw.tobytes(), dtype="<f2").astype(np.float32)
     if dtype == "BF16":
-        return bf16_to_float32(np.frombuffer(raw.tobytes(), dtype="<u2"))
+        return from_bf16(np.frombuffer(raw.tobytes(), dtype="<u2"))
     return _fp8_table(dtype)[raw]
 
 
@@ -44,24 +44,10 @@ def from_float32(values: F32, dtype: str) -> U8:
     elif dtype == "F16":
         encoded = np.ascontiguousarray(values.astype("<f2"))
     elif dtype == "BF16":
-        encoded = np.ascontiguousarray(float32_to_bf16(values), dtype="<u2")
+        encoded = np.ascontiguousarray(to_bf16(values), dtype="<u2")
     else:
         raise ValueError(f"cannot write dtype {dtype}; use F32, F16 or BF16")
     return encoded.reshape(-1).view(np.uint8)
-
-
-def bf16_to_float32(bits: U16) -> F32:
-    """Bfloat16 bit patterns to float32, exactly; same shape."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def float32_to_bf16(values: F32) -> U16:
-    """Round float32 to bfloat16 bit patterns, nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    rounded = np.where(is_nan, bits | np.uint32(0x00400000), rounded)
-    return (rounded >> np.uint32(16)).astype(np.uint16)
 
 
 def scale_blocks(values: F32, scales: F32, block: tuple[int, int]) -> F32:

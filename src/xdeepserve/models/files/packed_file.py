@@ -58,9 +58,14 @@ class PackedKey:
     recipe: str
 
     @property
-    def file_name(self) -> str:
+    def file_prefix(self) -> str:
+        """The name without the recipe: equal for files of which one replaces the other."""
         layout = "".join(char if char.isalnum() else "-" for char in self.layout)
-        return f"{self.digest[:32]}-{self.dtype}-{layout}-{self.recipe}.pack"
+        return f"{self.digest[:32]}-{self.dtype}-{layout}"
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.file_prefix}-{self.recipe}.pack"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,26 @@
+"""Toy models built once per test session."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from xdeepserve.models.build import build_model
+from xdeepserve.models.decoder import Model
+from xdeepserve.models.families import parse_spec
+from xdeepserve.models.weights import InMemoryProvider
+from xdeepserve.ops import WeightDtype, get_ops
+from xdeepserve.testing.toy_models import toy_checkpoint
+
+
+@cache
+def toy_model(name: str, dtype: str = "float32", backend: str = "reference") -> Model:
+    """The toy `name` in the given precision and on the given operator backend."""
+    checkpoint = toy_checkpoint(name)
+    ops = get_ops(backend)
+    return build_model(
+        parse_spec(checkpoint.config),
+        InMemoryProvider(ops),
+        ops,
+        checkpoint,
+        dtype=WeightDtype(dtype),
+    )
