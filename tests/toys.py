@@ -8,15 +8,21 @@ from xdeepserve.models.build import build_model
 from xdeepserve.models.decoder import Model
 from xdeepserve.models.families import parse_spec
 from xdeepserve.models.weights import InMemoryProvider
-from xdeepserve.ops import WeightDtype, get_ops
+from xdeepserve.ops import Ops, WeightDtype, get_ops
 from xdeepserve.testing.toy_models import toy_checkpoint
 
 
 @cache
-def toy_model(name: str, dtype: str = "float32", backend: str = "reference") -> Model:
+def toy_model(
+    name: str, dtype: str = "float32", backend: str = "reference", num_threads: int = 0
+) -> Model:
     """The toy `name` in the given precision and on the given operator backend."""
+    return build_toy(name, dtype, get_ops(backend, num_threads=num_threads))
+
+
+def build_toy(name: str, dtype: str, ops: Ops) -> Model:
+    """The toy `name` on the given operators."""
     checkpoint = toy_checkpoint(name)
-    ops = get_ops(backend)
     return build_model(
         parse_spec(checkpoint.config),
         InMemoryProvider(ops),

@@ -39,7 +39,7 @@ double read_bandwidth(Context& ctx, int64_t bytes, int repeats) {
 }
 
 double gemm_peak(Context& ctx, DType dtype, int repeats) {
-  constexpr int64_t kRows = 48, kSteps = 64, kCalls = 2000;
+  constexpr int64_t kRows = 60, kSteps = 64, kCalls = 2000;
   const int64_t row_bytes = kSteps * step_width(dtype) * 4;
   const double seconds = best_seconds(repeats, [&] {
     ctx.pool.run([&](int) {

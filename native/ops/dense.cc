@@ -6,7 +6,7 @@
 namespace xds {
 namespace {
 
-constexpr int64_t kRowChunk = 96;     // rows of one work item; the panel stays in cache for them
+constexpr int64_t kRowChunk = 120;    // rows of one work item; the panel stays in cache for them
 constexpr int64_t kSmallWork = 16384;  // elements below which waking threads costs more than it saves
 
 // Rows as panel_gemm reads them.

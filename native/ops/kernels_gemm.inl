@@ -139,7 +139,7 @@ template <bool kAdd>
 void small_gemm(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t k,
                 float* c, int64_t ldc, int64_t vecs) {
   for (int64_t v = 0; v < vecs; ++v) {
-    for_row_tiles<kTileRows>(rows, [&](auto size, int64_t first) {
+    for_row_tiles<kFloatRows>(rows, [&](auto size, int64_t first) {
       constexpr int R = size;
       F16 acc[R][1];
       float* out = c + first * ldc + 16 * v;

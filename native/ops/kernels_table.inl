@@ -8,16 +8,14 @@ inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 #include "kernels_rows.inl"
 #include "kernels_attend.inl"
 
-constexpr int kInt8TileRows = kTileRows == 6 ? 4 : kTileRows;  // AVX2 needs registers for |a|
-
 constexpr Kernels make_table(const char* name) {
   Kernels table{};
   table.name = name;
   table.s8_offset = kS8Offset;
   table.bf16_item = kBf16Item;
-  table.panel_gemm[0] = panel_gemm<F32Product, kTileRows>;
-  table.panel_gemm[1] = panel_gemm<Bf16Product, kTileRows>;
-  table.panel_gemm[2] = panel_gemm<Int8Product, kInt8TileRows>;
+  table.panel_gemm[0] = panel_gemm<F32Product, kFloatRows>;
+  table.panel_gemm[1] = panel_gemm<Bf16Product, kBf16Rows>;
+  table.panel_gemm[2] = panel_gemm<Int8Product, kInt8Rows>;
   table.prepare_bf16 = prepare_bf16;
   table.quantize_row = quantize_row;
   table.rms_norm_row = rms_norm_row;

@@ -7,13 +7,23 @@
 namespace xds {
 namespace {
 
-// Index of the largest value, the lowest one on ties; -1 when nothing exceeds -inf.
+// Index of the largest value, the lowest one on ties; -1 when there is none above -inf.
 int64_t largest(const float* values, int64_t n) {
   int64_t best = -1;
+  float bound = -INFINITY;
   for (int64_t i = 0; i < n; ++i) {
-    if (values[i] > (best < 0 ? -INFINITY : values[best])) best = i;
+    if (!(values[i] > bound)) continue;
+    bound = values[i];
+    best = i;
   }
   return best;
+}
+
+// The lowest expert not chosen yet: the last resort when broken scores leave no candidate.
+int64_t lowest_unchosen(const int32_t* ids, int64_t count) {
+  int64_t expert = 0;
+  while (std::find(ids, ids + count, expert) != ids + count) ++expert;
+  return expert;
 }
 
 float sum_of_two_best(const float* values, int64_t n) {
@@ -37,8 +47,8 @@ void keep_best_groups(const Gate& gate, float* choice, float* group_scores) {
   }
   for (int64_t i = 0; i < gate.topk_groups; ++i) {
     const int64_t g = largest(group_scores, gate.num_groups);
-    if (g >= 0) group_scores[g] = -INFINITY;
-    else break;
+    if (g < 0) break;  // only broken scores left
+    group_scores[g] = -INFINITY;
     group_scores[gate.num_groups + g] = 1.0f;
   }
   for (int64_t g = 0; g < gate.num_groups; ++g) {
@@ -61,7 +71,7 @@ void route(const Kernels& kernels, const float* logits, const Gate& gate, const 
   float sum = 0.0f;
   for (int64_t k = 0; k < gate.top_k; ++k) {
     const int64_t found = largest(choice, gate.num_experts);
-    const int64_t expert = found < 0 ? k : found;  // only NaN scores left: any valid expert
+    const int64_t expert = found < 0 ? lowest_unchosen(ids, k) : found;
     choice[expert] = -INFINITY;
     ids[k] = static_cast<int32_t>(expert);
     weights[k] = scores[expert];

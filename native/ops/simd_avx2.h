@@ -82,6 +82,8 @@ inline F16 dot_result(I16 acc, const int32_t* /*col_sum*/) {
 }
 
 constexpr bool kS8Offset = false;
-constexpr int kTileRows = 6;
+constexpr int kFloatRows = 6;  // 12 accumulators of 16 registers
+constexpr int kBf16Rows = 5;   // one more register for the mask
+constexpr int kInt8Rows = 4;   // and for |a| and the ones
 constexpr int kTileVecs = 1;
 constexpr int kWideRows = 2;

@@ -67,6 +67,8 @@ inline F16 dot_result(I16 acc, const int32_t* col_sum) {
 #define XDS_BF16_PAIRS 1  // dot2 exists: activations of bf16 GEMMs stay bf16
 
 constexpr bool kS8Offset = true;
-constexpr int kTileRows = 12;
+constexpr int kFloatRows = 12;  // 24 accumulators of 32 registers
+constexpr int kBf16Rows = 12;
+constexpr int kInt8Rows = 12;
 constexpr int kTileVecs = 2;
 constexpr int kWideRows = 12;

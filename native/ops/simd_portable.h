@@ -136,6 +136,8 @@ inline void transpose8(const float* src, ptrdiff_t src_stride, float* dst, ptrdi
 #undef XDS_LANES
 
 constexpr bool kS8Offset = false;
-constexpr int kTileRows = 4;   // rows of a register tile
-constexpr int kTileVecs = 1;   // 16-column vectors of a register tile
-constexpr int kWideRows = 1;   // tiles of up to this many rows take both vectors of a panel
+constexpr int kFloatRows = 4;  // rows of a register tile of a float32 GEMM
+constexpr int kBf16Rows = 4;
+constexpr int kInt8Rows = 4;
+constexpr int kTileVecs = 1;  // 16-column vectors of a register tile
+constexpr int kWideRows = 1;  // tiles of up to this many rows take both vectors of a panel

@@ -8,9 +8,12 @@ import openai
 import pytest
 
 from tests.e2e.api_harness import MODEL, make_app, plain_client, sdk_client
+from tests.unit.maas.asgi import open_app
 from tests.unit.maas.replay_engine import ReplayEngine, steps_of
 from tests.unit.text.byte_tokenizer import byte_tokenizer
 from xdeepserve.config import GatewayConfig
+from xdeepserve.errors import ConfigError, ModelFormatError
+from xdeepserve.maas.app import create_app
 from xdeepserve.messages import FinishReason
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -225,3 +228,43 @@ async def test_error_in_mid_stream_reaches_the_sdk() -> None:
         with pytest.raises(openai.APIError, match="without a finish reason"):
             async for _ in stream:
                 pass
+
+
+async def test_model_without_a_chat_template() -> None:
+    app = open_app(ReplayEngine(steps_of("x")))
+    async with sdk_client(app) as client:
+        with pytest.raises(openai.BadRequestError, match="/v1/completions") as caught:
+            await client.chat.completions.create(**ASK)
+    assert caught.value.code == "no_chat_template"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content.__class__.__mro__ }}",
+        "{{ 'a' * 10000000000 }}",
+        "{{ raise_exception('only one user') }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+async def test_hostile_template_harms_only_its_request(template: str) -> None:
+    engine = ReplayEngine(steps_of("x"))
+    tokenizer = byte_tokenizer(chat_template=template)
+    app = create_app(engine, tokenizer, GatewayConfig(), model_names=[MODEL])
+    async with sdk_client(app) as client:
+        with pytest.raises(openai.BadRequestError, match="chat template") as caught:
+            await client.chat.completions.create(**ASK)
+        good = await client.completions.create(model=MODEL, prompt="hi")
+    assert caught.value.param == "messages"
+    assert good.choices[0].text == "x"
+
+
+def test_template_that_does_not_compile_stops_the_start() -> None:
+    tokenizer = byte_tokenizer(chat_template="{% if %}")
+    with pytest.raises(ModelFormatError, match="chat template"):
+        create_app(ReplayEngine(), tokenizer, GatewayConfig(), model_names=[MODEL])
+
+
+def test_no_served_name_stops_the_start() -> None:
+    with pytest.raises(ConfigError, match="model_names"):
+        make_app(ReplayEngine(), model_names=[])

@@ -198,4 +198,4 @@ async def test_a_long_body_is_no_long_header() -> None:
             connection.post("/v1/completions", body)
             assert await connection.status() == 200
             await connection.reader.readuntil(b"\r\n\r\n")
-            await connection.reader.readuntil(b"}}}")
+            await connection.reader.readuntil(b"}]}")

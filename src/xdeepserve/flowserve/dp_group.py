@@ -80,6 +80,8 @@ class DPGroup:
         self._outbox: Outbox = _discard
         self._thread = threading.Thread(target=self._run, name="xds:dp0", daemon=True)
         self._plan: StepPlan | None = None
+        # Outputs of the step under way; kept here, so that a failing step does not lose them.
+        self._outputs: list[TokenOutput] = []
         self._death: str | None = None
         self._close_deadline_s: float | None = None
         self._last_progress_s = clock.monotonic()
@@ -156,26 +158,27 @@ class DPGroup:
 
     def step(self) -> list[TokenOutput]:
         """One step: decide, compute, commit. Called by the loop (and by tests that have none)."""
-        outputs = self._drain_inbox()
+        self._drain_inbox()
         plan = self._plan = self._scheduler.schedule()
         if not plan.is_empty:
             result = self._executor.execute(plan=plan)
-            outputs += self._drain_inbox()
-            outputs += self._scheduler.update(plan, result)
+            self._drain_inbox()
+            self._outputs += self._scheduler.update(plan, result)
         self._load = self._scheduler.load_report()
         self._last_progress_s = self._clock.monotonic()
+        return self._take_outputs()
+
+    def _take_outputs(self) -> list[TokenOutput]:
+        outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _drain_inbox(self) -> list[TokenOutput]:
-        """Hand new requests and aborts to the scheduler; returns the terminal outputs due."""
-        outputs: list[TokenOutput] = []
+    def _drain_inbox(self) -> None:
+        """Hand new requests and aborts to the scheduler; keeps the terminal outputs due."""
         with self._wakeup:
             while self._inbox:
-                message = self._inbox.popleft()
-                ended = self._receive(message)
+                ended = self._receive(self._inbox.popleft())
                 if ended is not None:
-                    outputs.append(ended)
-        return outputs
+                    self._outputs.append(ended)
 
     def _receive(self, message: GenerateRequest | _Abort) -> TokenOutput | None:
         """Act on one message; returns the terminal output it leads to, if any."""
@@ -192,7 +195,7 @@ class DPGroup:
             while self._await_work():
                 self._publish(self.step())
             self._publish(self._abort_rest())
-        except Exception as exc:
+        except Exception as exc:  # loop top: whatever failed, every request gets its answer
             logger.exception("the step loop failed; plan: %s", _describe(self._plan))
             self._die(f"{type(exc).__name__}: {exc}")
         finally:
@@ -218,10 +221,10 @@ class DPGroup:
 
     def _abort_rest(self) -> list[TokenOutput]:
         """Terminal outputs of whatever the drain left over."""
-        outputs = self._drain_inbox()
-        outputs += self._scheduler.abort_all()
+        self._drain_inbox()
+        self._outputs += self._scheduler.abort_all()
         self._load = self._scheduler.load_report()
-        return outputs
+        return self._take_outputs()
 
     def _die(self, reason: str) -> None:
         """Mark the engine dead and fail every accepted request, those in the inbox included."""
@@ -230,9 +233,9 @@ class DPGroup:
             late = [m for m in self._inbox if isinstance(m, GenerateRequest)]
             self._inbox.clear()
         error = f"the engine failed: {reason}"
-        outputs = self._scheduler.fail_all(error)
-        outputs += [_refused(request, error) for request in late]
-        self._publish(outputs)
+        self._outputs += self._scheduler.fail_all(error)
+        self._outputs += [_refused(request, error) for request in late]
+        self._publish(self._take_outputs())
 
 
 def _discard(outputs: list[TokenOutput]) -> None:

@@ -33,7 +33,6 @@ class _Counters:
     preemptions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
-    prefix_queries: int = 0
     prefix_hits: int = 0
 
 
@@ -117,7 +116,7 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        self._finish(request)
+        self._finish([request])
         return request.output(finish_reason=FinishReason.ABORT)
 
     def abort_all(self) -> list[TokenOutput]:
@@ -214,17 +213,13 @@ class Scheduler:
             return False
         request.num_computed_tokens = num_hit
         if request.num_cached_tokens is None:
-            self._count_first_run(request, num_hit)
+            request.num_cached_tokens = num_hit
+            self._counters.prompt_tokens += request.num_prompt_tokens
+            self._counters.prefix_hits += num_hit
         self._waiting.remove(request)
         self._running.add(request)
         request.status = RequestStatus.RUNNING
         return True
-
-    def _count_first_run(self, request: Request, num_hit: int) -> None:
-        request.num_cached_tokens = num_hit
-        self._counters.prompt_tokens += request.num_prompt_tokens
-        self._counters.prefix_queries += request.num_prompt_tokens
-        self._counters.prefix_hits += num_hit
 
     def _preempt(self, request: Request) -> None:
         self._kv.free(request.blocks)
@@ -245,22 +240,29 @@ class Scheduler:
             One output per request that got a token. Requests that ended meanwhile are passed over.
         """
         outputs: list[TokenOutput] = []
+        finished: list[Request] = []
         rows = zip(plan.scheduled, result.token_ids, result.logprobs, strict=True)
         for item, token_ids, logprobs in rows:
             request = self._requests.get(item.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            request.num_computed_tokens += item.num_scheduled_tokens
-            self._kv.commit(
-                request.blocks, request.token_ids, num_computed=request.num_computed_tokens
-            )
-            if bool(token_ids) != item.samples:
-                raise IntegrityError(
-                    f"request {item.request_id}: {len(token_ids)} ids, samples={item.samples}"
-                )
+            self._commit(request, item, token_ids)
             if token_ids:
-                outputs.append(self._append(request, token_ids, logprobs))
+                output = self._append(request, token_ids, logprobs)
+                outputs.append(output)
+                if output.finish_reason is not None:
+                    finished.append(request)
+        self._finish(finished)
         return outputs
+
+    def _commit(self, request: Request, item: ScheduledRequest, token_ids: tuple[int, ...]) -> None:
+        """Count the computed tokens and publish the blocks they fill."""
+        if bool(token_ids) != item.samples:
+            raise IntegrityError(
+                f"request {item.request_id}: {len(token_ids)} ids, samples={item.samples}"
+            )
+        request.num_computed_tokens += item.num_scheduled_tokens
+        self._kv.commit(request.blocks, request.token_ids, num_computed=request.num_computed_tokens)
 
     def _append(
         self,
@@ -276,7 +278,6 @@ class Scheduler:
             num_new += 1
             finish_reason = self._finish_reason(request, token_id)
             if finish_reason is not None:
-                self._finish(request)
                 break
         self._counters.generated_tokens += num_new
         return request.output(
@@ -299,13 +300,18 @@ class Scheduler:
             return FinishReason.LENGTH
         return None
 
-    def _finish(self, request: Request) -> None:
-        """Take a request out of its queue and give its blocks back."""
-        running = request.status is RequestStatus.RUNNING
-        (self._running if running else self._waiting).remove(request)
-        self._kv.free(request.blocks)
-        request.status = RequestStatus.FINISHED
-        del self._requests[request.request_id]
+    def _finish(self, requests: Sequence[Request]) -> None:
+        """Take requests out of their queues and give their blocks back.
+
+        They are forgotten last: if giving back fails, `fail_all` still answers every one of them.
+        """
+        for request in requests:
+            running = request.status is RequestStatus.RUNNING
+            (self._running if running else self._waiting).remove(request)
+            self._kv.free(request.blocks)
+            request.status = RequestStatus.FINISHED
+        for request in requests:
+            del self._requests[request.request_id]
 
     # -- looking at it --------------------------------------------------------------------------
 
@@ -321,7 +327,7 @@ class Scheduler:
             num_preemptions=counters.preemptions,
             num_prompt_tokens=counters.prompt_tokens,
             num_generated_tokens=counters.generated_tokens,
-            prefix_cache_queries=counters.prefix_queries,
+            prefix_cache_queries=counters.prompt_tokens,
             prefix_cache_hits=counters.prefix_hits,
         )
 

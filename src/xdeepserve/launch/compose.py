@@ -56,3 +56,5 @@ def setup_logging() -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    # uvicorn announces its own start and stop at INFO; ours says more.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

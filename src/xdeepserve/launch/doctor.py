@@ -39,37 +39,37 @@ def _show(name: str, value: str) -> None:
 
 def _show_native() -> bool:
     try:
-        from xdeepserve.ops import get_ops, machine
+        from xdeepserve import _native
+        from xdeepserve.ops.cpu import CpuOps
 
-        get_ops("cpu")
-    except (ConfigError, ImportError) as exc:
-        _show("native core", f"NOT USABLE: {exc}; reinstall with a C++ compiler present")
+        ops = CpuOps()
+    except ConfigError as exc:
+        _show("native core", f"NOT USABLE: {exc.message}")
         return False
-    _show("native core", machine.compiler())
-    _show("instruction sets", f"{', '.join(machine.available_isas())} (in use: {machine.isa()})")
-    _show("operator threads", str(machine.num_threads()))
+    _show("native core", _native.COMPILER)
+    _show("instruction sets", f"{', '.join(_native.available_isas())} (in use: {ops.isa})")
+    _show("operator threads", str(ops.num_threads))
     return True
 
 
 def _show_storage(home: Path) -> None:
-    from xdeepserve.models.packed_file import find_leftovers
-
     for name in ("models", "packed"):
         folder = home / name
         files = [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
         size = sum(path.stat().st_size for path in files)
         _show(f"{name} on disk", f"{len(files)} files, {size / 2**20:.0f} MiB in {folder}")
-    leftovers = find_leftovers(home)
-    _show("leftovers", ", ".join(map(str, leftovers)) or "none")
+    leftovers = [path for name in ("models", "packed") for path in (home / name).glob("*.tmp")]
+    leftovers += (home / "models").glob(".*.tmp")
+    _show("leftovers", ", ".join(map(str, sorted(set(leftovers)))) or "none")
 
 
 def _show_ceilings() -> None:
-    from xdeepserve.ops import machine
+    from xdeepserve.ops.machine import measure_ceilings
 
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
-        ceilings = machine.measure_ceilings(threads)
-        text = ", ".join(f"{name} {value:.0f}" for name, value in ceilings.items())
-        _show(f"ceilings, {threads} threads", text)
+        ceilings = measure_ceilings(threads)
+        gemm = ", ".join(f"{name} {value:.0f}" for name, value in ceilings.gemm_gflop_per_s.items())
+        _show(f"{threads} thread(s)", f"read {ceilings.read_gb_per_s:.1f} GB/s; GEMM GOP/s: {gemm}")
 
 
 def _cpu_name() -> str:

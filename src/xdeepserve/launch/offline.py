@@ -20,7 +20,7 @@ from xdeepserve.launch.compose import add_model_arguments, load, setup_logging
 from xdeepserve.launch.flags import config_from_args
 from xdeepserve.loadgen.report import json_line, machine_fingerprint
 from xdeepserve.messages import FinishReason, GenerateRequest, SamplingParams
-from xdeepserve.ops import machine
+from xdeepserve.ops.machine import measure_ceilings
 from xdeepserve.telemetry import RequestTimeline
 
 
@@ -120,7 +120,6 @@ def _run_batch(
 
 
 def _print_document(group: DPGroup, args: argparse.Namespace, results: list[BatchResult]) -> None:
-    num_threads = machine.num_threads()
     document = {
         "benchmark": "offline",
         "model": group.info.model,
@@ -128,14 +127,12 @@ def _print_document(group: DPGroup, args: argparse.Namespace, results: list[Batc
         "input_len": args.input_len,
         "output_len": args.output_len,
         "repeats": args.repeats,
-        "threads": num_threads,
-        "isa": machine.isa(),
         "config": {
             "model": asdict(config_from_args(ModelConfig, args)),
             "engine": asdict(config_from_args(EngineConfig, args)),
         },
         "results": [asdict(result) for result in results],
-        "ceilings": machine.measure_ceilings(num_threads),
+        "ceilings": asdict(measure_ceilings(args.num_threads)),
         "machine": machine_fingerprint(),
     }
     print(json_line(document))

@@ -87,9 +87,8 @@ class BenchResult:
         }
 
 
-def describe(config: BenchConfig) -> dict[str, Any]:
-    """The configuration as JSON-able values; a dataset is described by its size."""
-    workload = config.workload
+def describe_workload(workload: WorkloadConfig) -> dict[str, Any]:
+    """The workload as JSON-able values; a dataset is described by its size."""
     return {
         "endpoint": workload.endpoint,
         "input_len": str(workload.input_len),
@@ -100,6 +99,12 @@ def describe(config: BenchConfig) -> dict[str, Any]:
         "ignore_eos": workload.ignore_eos,
         "seed": workload.seed,
         "extra_body": workload.extra_body,
+    }
+
+
+def describe(config: BenchConfig) -> dict[str, Any]:
+    """Workload and load of a run as JSON-able values."""
+    return describe_workload(config.workload) | {
         "concurrency": config.concurrency,
         "request_rate": config.request_rate,
         "burstiness": config.burstiness,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -234,6 +235,9 @@ def chat(
     Raises:
         ClientError: the server cannot be reached at the start.
     """
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # odd bytes are no reason to end a conversation
     is_terminal = sys.stdin.isatty()
     client = HttpClient(url, api_key=api_key)
     with asyncio.Runner() as runner:

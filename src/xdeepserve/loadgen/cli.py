@@ -20,13 +20,19 @@ from xdeepserve.loadgen.arguments import (
     chat_options,
     search_config,
 )
-from xdeepserve.loadgen.bench_serve import BenchConfig, describe, run_bench
+from xdeepserve.loadgen.bench_serve import BenchConfig, run_bench
 from xdeepserve.loadgen.chat import chat
 from xdeepserve.loadgen.http_client import HttpClient
 from xdeepserve.loadgen.http_connection import HttpStatusError, Timeouts
 from xdeepserve.loadgen.openai_stream import first_model
 from xdeepserve.loadgen.report import json_line, machine_fingerprint, print_metrics, warnings_for
-from xdeepserve.loadgen.slo_search import Probe, SearchConfig, run_search, verdict
+from xdeepserve.loadgen.slo_search import (
+    Probe,
+    SearchConfig,
+    describe_search,
+    run_search,
+    verdict,
+)
 
 __all__ = ["add_bench_serve_arguments", "add_chat_arguments", "run_bench_serve", "run_chat"]
 
@@ -106,7 +112,7 @@ async def _search(client: HttpClient, model: str, *, config: SearchConfig) -> in
         "benchmark": "serve-slo-search",
         "url": str(client.origin),
         "model": model,
-        "config": describe(config.bench) | {"waves": config.waves},
+        "config": describe_search(config),
         "machine": machine_fingerprint(),
         "results": asdict(result),
     }

@@ -61,11 +61,16 @@ def parse_base_url(url: str) -> Origin:
         port = parts.port
     except ValueError as exc:
         raise ConfigError(f"url {url!r}: {exc}") from exc
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    is_usable = _is_header_text(parts.path) and " " not in parts.path
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_usable:
         raise ConfigError(f"url {url!r} must look like http://host:port")
     is_tls = parts.scheme == "https"
     prefix = parts.path.rstrip("/").removesuffix("/v1")
     return Origin(parts.hostname, port or (443 if is_tls else 80), is_tls, prefix)
+
+
+def _is_header_text(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 class HttpClient:
@@ -81,9 +86,9 @@ class HttpClient:
         self._timeouts = timeouts or Timeouts()
         self._tls = ssl.create_default_context() if self.origin.is_tls else None
         self._idle: list[HttpConnection] = []
+        if api_key and not _is_header_text(api_key):
+            raise ConfigError("the API key contains characters that a header cannot carry")
         auth = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        if any(c in auth[:-2] for c in "\r\n"):
-            raise ConfigError("the API key contains a line break")
         self._fixed_headers = (
             f"Host: {self.origin.authority}\r\nUser-Agent: xdeepserve-loadgen\r\n{auth}"
             "Accept: application/json, text/event-stream\r\nContent-Type: application/json\r\n"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from xdeepserve.errors import ConfigError
-from xdeepserve.loadgen.bench_serve import WARMUP_STREAM, BenchConfig, run_bench
+from xdeepserve.loadgen.bench_serve import WARMUP_STREAM, BenchConfig, describe_workload, run_bench
 from xdeepserve.loadgen.http_client import HttpClient
 from xdeepserve.loadgen.http_connection import ClientError
 from xdeepserve.loadgen.runner import Limit
@@ -121,6 +121,15 @@ class SearchConfig:
             raise ConfigError(f"TPOT SLO {self.tpot_slo_ms} ms must be positive")
         if self.max_concurrency < 1 or self.waves < 1:
             raise ConfigError("max concurrency and waves must be at least 1")
+
+
+def describe_search(config: SearchConfig) -> dict[str, Any]:
+    """The search as JSON-able values."""
+    return describe_workload(config.bench.workload) | {
+        "num_warmups": config.bench.num_warmups,
+        "max_concurrency": config.max_concurrency,
+        "waves": config.waves,
+    }
 
 
 async def run_search(

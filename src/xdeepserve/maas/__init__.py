@@ -1,0 +1,1 @@
+"""The Tokens service: the OpenAI-compatible HTTP edge over an EngineClient."""

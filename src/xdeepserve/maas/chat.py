@@ -12,8 +12,8 @@ from starlette.responses import Response
 from xdeepserve.errors import RequestError
 from xdeepserve.maas.body import parse_json, read_body
 from xdeepserve.maas.choice import ChoiceDelta
-from xdeepserve.maas.gateway import Gateway, GenerationPlan, gateway_of, new_request_id
-from xdeepserve.maas.generation import UsageTotals
+from xdeepserve.maas.gateway import Gateway, gateway_of, new_request_id
+from xdeepserve.maas.generation import GenerationPlan, UsageTotals
 from xdeepserve.maas.logprobs import chat_logprobs
 from xdeepserve.maas.prompts import PromptEncoder, template_messages
 from xdeepserve.maas.sampling import sampling_params

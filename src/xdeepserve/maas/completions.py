@@ -11,8 +11,8 @@ from starlette.responses import Response
 from xdeepserve.errors import RequestError
 from xdeepserve.maas.body import parse_json, read_body
 from xdeepserve.maas.choice import ChoiceDelta
-from xdeepserve.maas.gateway import Gateway, GenerationPlan, gateway_of, new_request_id
-from xdeepserve.maas.generation import UsageTotals
+from xdeepserve.maas.gateway import Gateway, gateway_of, new_request_id
+from xdeepserve.maas.generation import GenerationPlan, UsageTotals
 from xdeepserve.maas.logprobs import completion_logprobs
 from xdeepserve.maas.sampling import check_token_ids, sampling_params
 from xdeepserve.maas.schema import (

@@ -6,7 +6,6 @@ import hashlib
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import msgspec
 from starlette.requests import Request
@@ -16,32 +15,14 @@ from xdeepserve.config import GatewayConfig
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import EngineDeadError, NotFoundError
 from xdeepserve.maas.choice import TextOptions
-from xdeepserve.maas.generation import Generation
+from xdeepserve.maas.generation import Generation, GenerationPlan
 from xdeepserve.maas.http_errors import DrainingError
 from xdeepserve.maas.metrics import GatewayMetrics
 from xdeepserve.maas.prompts import PromptEncoder
-from xdeepserve.maas.sampling import choice_seed, stop_list
+from xdeepserve.maas.sampling import stop_list
 from xdeepserve.maas.schema import Envelope, GenerationFields
-from xdeepserve.messages import GenerateRequest, SamplingParams
 from xdeepserve.text.stop_strings import StopAutomaton
 from xdeepserve.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationPlan:
-    """A validated request, ready to run.
-
-    Attributes:
-        prompts: token ids and parameters of each prompt.
-        num_choices: choices per prompt.
-        options: how text is made of tokens.
-        arrived_s: monotonic time of arrival.
-    """
-
-    prompts: Sequence[tuple[list[int], SamplingParams]]
-    num_choices: int
-    options: TextOptions
-    arrived_s: float
 
 
 class Gateway:
@@ -128,14 +109,12 @@ class Gateway:
     async def run(self, plan: GenerationPlan, request_id: str) -> AsyncIterator[Generation]:
         """Start a plan; whatever happens inside the block, nothing of it survives the block."""
         generation = Generation(
-            _engine_requests(plan, request_id),
+            plan,
+            request_id,
             engine=self.engine,
             tokenizer=self.tokenizer,
-            options=plan.options,
             metrics=self.metrics,
             clock=self.clock,
-            arrived_s=plan.arrived_s,
-            num_choices=plan.num_choices,
         )
         self._running.add(generation)
         try:
@@ -164,22 +143,6 @@ def gateway_of(request: Request) -> Gateway:
 def new_request_id(prefix: str) -> str:
     """Unique id with the prefix that OpenAI uses for this kind of object."""
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def _engine_requests(plan: GenerationPlan, request_id: str) -> list[GenerateRequest]:
-    """One engine request per choice: prompt-major, seeds derived per choice."""
-    requests: list[GenerateRequest] = []
-    for token_ids, params in plan.prompts:
-        for choice in range(plan.num_choices):
-            seed = choice_seed(params.seed, choice)
-            requests.append(
-                GenerateRequest(
-                    request_id=f"{request_id}-{len(requests)}",
-                    prompt_token_ids=token_ids,
-                    params=msgspec.structs.replace(params, seed=seed) if choice else params,
-                )
-            )
-    return requests
 
 
 def _fingerprint(engine: EngineClient) -> str:

@@ -12,12 +12,21 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from xdeepserve.clock import Clock
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import EngineDeadError, XDeepServeError
 from xdeepserve.maas.choice import ChoiceDelta, ChoiceText, TextOptions, merge_deltas
 from xdeepserve.maas.metrics import GatewayMetrics
-from xdeepserve.messages import FinishReason, GenerateRequest, TokenOutput, Usage
+from xdeepserve.maas.sampling import choice_seed
+from xdeepserve.messages import (
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TokenOutput,
+    Usage,
+)
 from xdeepserve.telemetry import RequestTimeline
 from xdeepserve.text.tokenizer import Tokenizer
 
@@ -33,34 +42,47 @@ class UsageTotals:
     num_output_tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPlan:
+    """A validated request, ready to run.
+
+    Attributes:
+        prompts: token ids and parameters of each prompt.
+        num_choices: choices per prompt.
+        options: how text is made of tokens.
+        arrived_s: monotonic time of arrival.
+    """
+
+    prompts: Sequence[tuple[list[int], SamplingParams]]
+    num_choices: int
+    options: TextOptions
+    arrived_s: float
+
+
 class Generation:
     """Runs the requests of one HTTP call. Use `start`, `next_deltas` until empty, then `close`.
 
     Args:
-        requests: one per choice, in choice order; `num_choices` consecutive ones share a prompt.
-        options: how text is made of tokens.
-        arrived_s: monotonic time at which the HTTP request arrived.
+        request_id: unique; the engine's request ids are made of it.
     """
 
     def __init__(
         self,
-        requests: Sequence[GenerateRequest],
+        plan: GenerationPlan,
+        request_id: str,
         *,
         engine: EngineClient,
         tokenizer: Tokenizer,
-        options: TextOptions,
         metrics: GatewayMetrics,
         clock: Clock,
-        arrived_s: float,
-        num_choices: int = 1,
     ) -> None:
-        self.requests = requests
+        self.requests = requests = _engine_requests(plan, request_id)
         self._engine = engine
         self._metrics = metrics
         self._clock = clock
-        self._num_choices = num_choices
-        self._texts = [ChoiceText(i, tokenizer, options) for i in range(len(requests))]
-        self._timelines = [RequestTimeline(arrived_s) for _ in requests]
+        self._num_choices = plan.num_choices
+        self._texts = [ChoiceText(i, tokenizer, plan.options) for i in range(len(requests))]
+        self._timelines = [RequestTimeline(plan.arrived_s) for _ in requests]
         self._usages = [Usage(len(request.prompt_token_ids)) for request in requests]
         self._pending: dict[int, list[ChoiceDelta]] = {}
         self._news = asyncio.Event()
@@ -158,6 +180,22 @@ class Generation:
             self._pending.setdefault(index, []).append(delta)
             self._news.set()
         return delta
+
+
+def _engine_requests(plan: GenerationPlan, request_id: str) -> list[GenerateRequest]:
+    """One engine request per choice: prompt-major, seeds derived per choice."""
+    requests: list[GenerateRequest] = []
+    for token_ids, params in plan.prompts:
+        for choice in range(plan.num_choices):
+            seed = choice_seed(params.seed, choice)
+            requests.append(
+                GenerateRequest(
+                    request_id=f"{request_id}-{len(requests)}",
+                    prompt_token_ids=token_ids,
+                    params=msgspec.structs.replace(params, seed=seed) if choice else params,
+                )
+            )
+    return requests
 
 
 def _engine_error(output: TokenOutput) -> XDeepServeError:

@@ -17,8 +17,8 @@ from starlette.types import Receive, Scope, Send
 
 from xdeepserve.errors import XDeepServeError
 from xdeepserve.maas.choice import ChoiceDelta, merge_deltas
-from xdeepserve.maas.gateway import Gateway, GenerationPlan
-from xdeepserve.maas.generation import Generation, UsageTotals
+from xdeepserve.maas.gateway import Gateway
+from xdeepserve.maas.generation import Generation, GenerationPlan, UsageTotals
 from xdeepserve.maas.http_errors import ClientGone, error_body, internal_error
 from xdeepserve.maas.schema import PromptTokensDetails, UsageInfo
 

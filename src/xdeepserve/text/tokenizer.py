@@ -70,7 +70,7 @@ class Tokenizer:
         try:
             parsed = msgspec.json.decode(raw, type=_TokenizerFile)
             backend = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as exc:  # the library raises bare Exception
+        except Exception as exc:  # foreign: tokenizers raises bare Exception
             raise ModelFormatError(f"{folder / 'tokenizer.json'} is damaged: {exc}") from exc
         return cls(
             backend,

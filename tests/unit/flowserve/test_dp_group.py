@@ -121,6 +121,22 @@ async def test_a_failing_step_fails_every_request_once_and_kills_the_engine(
             engine.client.generate(request=make_request("third"))
 
 
+async def test_a_failing_step_loses_no_terminal_output() -> None:
+    config = make_config()
+    executor = make_executor(config)
+    executor.fail_with = RuntimeError("out of luck")
+    group = make_group(config, executor)
+    outputs: list[TokenOutput] = []
+    for request_id in "ab":
+        group.submit(make_request(request_id))
+    group.abort("b")
+    group.start(outputs.extend)
+    assert await asyncio.to_thread(group.join, timeout_s=TIMEOUT_S)
+    reasons = {o.request_id: o.finish_reason for o in outputs}
+    assert len(outputs) == 2
+    assert reasons == {"a": FinishReason.ERROR, "b": FinishReason.ABORT}
+
+
 async def test_close_drains_running_requests() -> None:
     gate = Gate()
     async with Engine(gate) as engine:

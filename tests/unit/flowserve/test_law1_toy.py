@@ -6,20 +6,27 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import law1_harness as law1
-from tests.toys import toy_model
+from tests.toys import build_toy, toy_model
 from xdeepserve.config import EngineConfig
 from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.flowserve.dp_group import DPGroup
 from xdeepserve.messages import GenerateRequest
 from xdeepserve.models.decoder import Model
+from xdeepserve.ops import F32, PackedWeight
+from xdeepserve.ops.reference import ReferenceOps
 from xdeepserve.testing.fake_clock import FakeClock
 
-TOYS = ("glm4_moe", "deepseek_v3")
 DTYPES = ("float32", "bf16", "int8")
-NUM_REQUESTS = {"reference": 4, "cpu": 16}
+CASES = (
+    *((toy, dtype, "cpu") for toy in ("glm4_moe", "deepseek_v3") for dtype in DTYPES),
+    ("glm4_moe", "float32", "reference"),
+    ("deepseek_v3", "int8", "reference"),
+)
+NUM_REQUESTS = {"cpu": 16, "reference": 4}
 """Per operator backend; the reference is slow."""
 
 
@@ -50,11 +57,9 @@ def make_case(toy: str, dtype: str, backend: str) -> Case:
     return Case(toy_model(toy, dtype, backend), NUM_REQUESTS[backend])
 
 
-@pytest.fixture(
-    params=[(b, t, d) for b in NUM_REQUESTS for t in TOYS for d in DTYPES], ids="-".join
-)
+@pytest.fixture(params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Case:
-    backend, toy, dtype = request.param
+    toy, dtype, backend = request.param
     return make_case(toy, dtype, backend)
 
 
@@ -63,7 +68,7 @@ def test_alone_equals_batched(case: Case) -> None:
 
 
 def test_any_chunk_size(case: Case) -> None:
-    law1.check_any_chunk_size(case.make_group, case.requests, case.expected, (1, 3, 8, 29))
+    law1.check_any_chunk_size(case.make_group, case.requests, case.expected, (1, 7, 64))
 
 
 def test_prefix_hit_equals_recompute(case: Case) -> None:
@@ -84,3 +89,30 @@ def test_microbatches(case: Case) -> None:
 
 def test_two_runs(case: Case) -> None:
     law1.check_two_runs(case.make_group, case.requests)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_thread_equals_two(dtype: str) -> None:
+    case = make_case("glm4_moe", dtype, "cpu")
+    for num_threads in (1, 2):
+        make_group = factory(toy_model("glm4_moe", dtype, "cpu", num_threads))
+        law1.check_alone_equals_batched(make_group, case.requests, case.expected)
+
+
+class LeakyOps(ReferenceOps):
+    """Breaks law 1: a row's result depends on how many rows come with it."""
+
+    def linear(self, x: F32, weight: PackedWeight, bias: F32 | None = None) -> F32:
+        factor = np.float32(1 + 1e-6 * x.shape[0])
+        leaky: F32 = super().linear(x, weight, bias) * factor
+        return leaky
+
+
+def test_the_checks_notice_a_broken_law() -> None:
+    case = Case(build_toy("glm4_moe", "float32", LeakyOps()), 2)
+    with pytest.raises(AssertionError):
+        law1.check_alone_equals_batched(case.make_group, case.requests, case.expected)
+    with pytest.raises(AssertionError):
+        law1.check_any_chunk_size(case.make_group, case.requests, case.expected, (3,))
+    with pytest.raises(AssertionError):
+        law1.check_microbatches(case.make_group, case.requests, case.expected)

@@ -244,3 +244,13 @@ def test_fail_all_answers_every_request_once() -> None:
     assert {o.finish_reason for o in outputs} == {FinishReason.ERROR}
     assert {o.error for o in outputs} == {"boom"}
     assert not harness.scheduler.has_requests
+
+
+def test_an_update_that_fails_halfway_leaves_every_request_to_be_answered() -> None:
+    scheduler = make_scheduler(make_config())
+    for request_id in "ab":
+        scheduler.add(make_request(request_id, max_tokens=1))
+    plan = scheduler.schedule()
+    with pytest.raises(IntegrityError):
+        scheduler.update(plan, StepResult(token_ids=((8,), ()), logprobs=(None, None)))
+    assert {o.request_id for o in scheduler.fail_all("boom")} == {"a", "b"}
