@@ -12,8 +12,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from server_process import ServerProcess
-
+from xdeepserve.launch.server_process import ServerProcess
 from xdeepserve.loadgen.bench_serve import BenchConfig, describe, run_bench
 from xdeepserve.loadgen.http_client import HttpClient
 from xdeepserve.loadgen.report import json_line, machine_fingerprint, print_metrics

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from server_process import ServerProcess
-
 from xdeepserve import envs
+from xdeepserve.launch.server_process import ServerProcess
 from xdeepserve.loadgen.http_client import HttpClient
 from xdeepserve.loadgen.report import json_line, machine_fingerprint
 from xdeepserve.loadgen.runner import RequestSender

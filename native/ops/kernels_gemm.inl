@@ -114,7 +114,7 @@ inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t c
 }
 
 template <class Product, int Rows>
-void panel_gemm(const PanelTask& t) {
+void panel_tiles(const PanelTask& t) {
   for_row_tiles<Rows>(t.rows, [&](auto size, int64_t first) {
     constexpr int R = size;
     constexpr int V = R <= kWideRows ? 2 : kTileVecs;
@@ -132,6 +132,13 @@ void panel_gemm(const PanelTask& t) {
       }
     }
   });
+}
+
+// Few rows: the panel comes from memory, so read it once, in order, with wide tiles.
+template <class Product, int Rows>
+void panel_gemm(const PanelTask& t) {
+  if (t.rows <= kFewRows) return panel_tiles<Product, kWideRows>(t);
+  panel_tiles<Product, Rows>(t);
 }
 
 // c[rows, 16 * vecs] (+)= a[rows, k] * b[k, 16 * vecs], all row-major float32; c is padded.

@@ -10,8 +10,8 @@
 namespace xds {
 namespace {
 
-// Window widths in units of the temperature: e^-8 of the best probability, and so on; then all.
-constexpr float kWindows[] = {8.0f, 16.0f, 32.0f, INFINITY};
+// Window widths in units of the temperature: down to e^-4 of the best probability, and so on.
+constexpr float kWindows[] = {4.0f, 8.0f, 10.0f, 12.0f, 16.0f, 24.0f, INFINITY};
 
 int32_t argmax(const Kernels& kernels, const float* logits, int64_t n) {
   const float largest = kernels.max_row(logits, n);
@@ -46,15 +46,16 @@ struct Filters {
   double uniform;
 };
 
-// Candidates within `window`, best first; all but NaN when it is infinite. Returns their number.
-int64_t collect(const Row& row, float window, int32_t* out) {
-  const float bound = row.largest - window * row.temperature;
-  int64_t count = 0;
+// Append the candidates with low <= logit < high to the `held` ones, best first; returns how many
+// there are then. NaN has no place in an order and is never a candidate. May write one entry too
+// many.
+int64_t collect(const Row& row, float low, float high, int32_t* out, int64_t held) {
+  int64_t count = held;
   for (int64_t i = 0; i < row.n; ++i) {
     out[count] = static_cast<int32_t>(i);
-    count += row.logits[i] >= bound;  // never true for NaN, which has no place in an order
+    count += (row.logits[i] >= low) & (row.logits[i] < high);
   }
-  std::sort(out, out + count, [&](int32_t a, int32_t b) {
+  std::sort(out + held, out + count, [&](int32_t a, int32_t b) {
     const float x = row.logits[a], y = row.logits[b];
     return x > y || (x == y && a < b);
   });
@@ -108,8 +109,12 @@ int32_t sample_row(const Kernels& kernels, const float* logits, int64_t n, float
   if (temperature == 0.0f || !std::isfinite(largest)) return argmax(kernels, logits, n);
   kernels.exp_row(logits, n, largest, temperature, mass);
   const Row row{logits, mass, n, sum_in_double(mass, n), largest, temperature};
+  int64_t count = 0;
+  float high = INFINITY;
   for (const float window : kWindows) {
-    const int64_t count = collect(row, window, candidates);
+    const float low = largest - window * temperature;
+    count = collect(row, low, high, candidates, count);
+    high = low;
     const int32_t token = decide(row, filters, candidates, count, window == INFINITY);
     if (token >= 0) return token;
   }
@@ -131,9 +136,9 @@ void best_ids(const float* logits, int64_t n, int64_t count, int32_t* out) {
 
 void sample(Context& ctx, const float* logits, int64_t rows, int64_t vocab, const Sampling& params,
             int32_t* out) {
-  for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(2 * vocab);
+  for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(2 * vocab + 1);
   ctx.pool.for_each(rows, [&](int64_t b, int thread) {
-    float* mass = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(2 * vocab);
+    float* mass = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(2 * vocab + 1);
     const Filters filters{params.top_k[b], params.top_p[b], params.min_p[b], params.uniform[b]};
     out[b] = sample_row(ctx.kernels, logits + b * vocab, vocab, params.temperature[b], filters,
                         mass, reinterpret_cast<int32_t*>(mass + vocab));

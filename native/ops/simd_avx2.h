@@ -87,3 +87,4 @@ constexpr int kBf16Rows = 5;   // one more register for the mask
 constexpr int kInt8Rows = 4;   // and for |a| and the ones
 constexpr int kTileVecs = 1;
 constexpr int kWideRows = 2;
+constexpr int kFewRows = 12;

@@ -72,3 +72,4 @@ constexpr int kBf16Rows = 12;
 constexpr int kInt8Rows = 12;
 constexpr int kTileVecs = 2;
 constexpr int kWideRows = 12;
+constexpr int kFewRows = 0;

@@ -141,3 +141,4 @@ constexpr int kBf16Rows = 4;
 constexpr int kInt8Rows = 4;
 constexpr int kTileVecs = 1;  // 16-column vectors of a register tile
 constexpr int kWideRows = 1;  // tiles of up to this many rows take both vectors of a panel
+constexpr int kFewRows = 0;   // GEMMs of up to this many rows use wide tiles only

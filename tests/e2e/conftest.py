@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
-from tests.e2e.server_process import ServerProcess
+from xdeepserve.launch.server_process import ServerProcess
 
 MODEL = "smollm2-135m-moe8"
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ServerProcess]:
-    arguments = ("--port", "0", "--max-num-seqs", "64", "--num-kv-blocks", "4096")
+    arguments = ("--max-num-seqs", "64", "--num-kv-blocks", "4096")
     with ServerProcess(MODEL, *arguments) as running:
         yield running
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 import urllib.request
 
@@ -11,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.conftest import MODEL
-from tests.e2e.server_process import ServerProcess
+from xdeepserve.launch.server_process import ServerProcess
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
@@ -224,7 +225,7 @@ def test_tokenize_and_detokenize_are_inverse(server: ServerProcess) -> None:
 
 
 def test_sigterm_drains_running_streams() -> None:
-    with ServerProcess(MODEL, "--port", "0", "--num-kv-blocks", "512") as server:
+    with ServerProcess(MODEL, "--num-kv-blocks", "512") as server:
         with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
             stream = client.completions.create(
                 model=MODEL,
@@ -236,7 +237,7 @@ def test_sigterm_drains_running_streams() -> None:
                 stream_options={"include_usage": True},
             )
             next(iter(stream))
-            server.terminate()
+            server.send_signal(signal.SIGTERM)
             chunks = list(stream)
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.completion_tokens == 200

@@ -15,7 +15,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.e2e.conftest import MODEL
-from tests.e2e.server_process import ServerProcess
+from xdeepserve.launch.server_process import ServerProcess
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
@@ -102,7 +102,7 @@ async def _idle(server: ServerProcess) -> None:
 
 @pytest.mark.timeout(900)
 async def test_200_streams_a_third_cancelled_three_rounds() -> None:
-    arguments = ("--port", "0", "--num-kv-blocks", "1200", "--max-num-seqs", "48")
+    arguments = ("--num-kv-blocks", "1200", "--max-num-seqs", "48")
     with ServerProcess(MODEL, *arguments) as server:
         async with AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
@@ -116,5 +116,5 @@ async def test_200_streams_a_third_cancelled_three_rounds() -> None:
                 assert await _round(client, solo, rng) > NUM_STREAMS // 5
                 await _idle(server)
                 assert _metric(server, "xdeepserve:kv_cache_usage_perc") == usage_before == 0
-                resident.append(_resident_bytes(server.process.pid))
+                resident.append(_resident_bytes(server.pid))
         assert resident[-1] - resident[0] < 48 << 20, resident

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tests.unit.ops.cases import ISAS, make_cpu, normal
+from tests.unit.ops.cases import ISAS, make_cpu, make_paged, normal
 from xdeepserve import _native, envs
 from xdeepserve.errors import ConfigError
-from xdeepserve.ops import WeightDtype, get_ops
+from xdeepserve.ops import GateSpec, WeightDtype, get_ops
 from xdeepserve.ops.cpu import CpuOps, default_num_threads
 from xdeepserve.ops.quant import from_bf16, quantize_int8, to_bf16
 
@@ -92,3 +92,27 @@ def test_int8_rows_are_symmetric_and_bounded() -> None:
     rows, scales = quantize_int8(np.array([[2.0, -2.0, 1.0], [0.0, 0.0, 0.0]], np.float32))
     np.testing.assert_array_equal(rows, [[127, -127, 64], [0, 0, 0]])
     np.testing.assert_array_equal(scales, np.array([2 / 127, 0], np.float32))
+
+
+def test_instruction_sets_with_fused_multiply_add_give_the_same_bits() -> None:
+    fused = [isa for isa in ISAS if isa != "portable"]
+    if len(fused) < 2:
+        pytest.skip(f"this machine has {ISAS}")
+    first, *others = (_every_kernel(make_cpu(isa=isa)) for isa in fused)
+    for other in others:
+        for got, want in zip(other, first, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def _every_kernel(ops: CpuOps) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    x, gate_up, down = normal(rng, 19, 129), normal(rng, 96, 129), normal(rng, 129, 48)
+    results = [ops.rms_norm(x, normal(rng, 129), 1e-5), *ops.quantize_rows(x)]
+    for dtype in WeightDtype:
+        packed = ops.pack(gate_up, dtype=dtype), ops.pack(down, dtype=dtype)
+        results += [ops.linear(x, packed[0]), ops.swiglu_mlp(x, *packed)]
+    paged = make_paged(rng, [(3, 100), (1, 200)], heads=2, dim=24)
+    q = normal(rng, 4, 6, 24)
+    results.append(ops.paged_attention(q, paged.batch, paged.kv, scale=0.2))
+    results += ops.gate_topk(x, GateSpec(129, 4, "softmax", True))
+    return results
