@@ -62,45 +62,59 @@ int64_t collect(const Row& row, float low, float high, int32_t* out, int64_t hel
   return count;
 }
 
+// The candidates that remain after a filter.
+struct Kept {
+  int64_t count;   // a prefix of the sorted candidates
+  double total;    // mass of all that may be sampled
+  bool is_final;   // the prefix holds all that may be sampled
+  bool is_decided; // false: more candidates are needed to tell
+};
+
+double prefix_mass(const Row& row, const int32_t* sorted, int64_t count) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(row.mass[sorted[i]]);
+  return sum;
+}
+
+Kept apply_top_k(const Row& row, int64_t top_k, const int32_t* sorted, int64_t count, bool is_all) {
+  if (top_k <= 0) return {count, row.total, is_all, true};
+  const int64_t kept = std::min(count, top_k);
+  return {kept, prefix_mass(row, sorted, kept), true, is_all || count >= top_k};
+}
+
+// The shortest prefix with at least top_p of the mass; one candidate at least.
+Kept apply_top_p(const Row& row, double top_p, const int32_t* sorted, Kept kept) {
+  if (top_p >= 1.0) return kept;
+  const double wanted = top_p * kept.total;
+  double sum = 0.0;
+  int64_t i = 0;
+  while (i < kept.count && sum < wanted) sum += static_cast<double>(row.mass[sorted[i++]]);
+  i = std::max<int64_t>(1, i);
+  return {i, prefix_mass(row, sorted, i), true, kept.is_final || sum >= wanted};
+}
+
+Kept apply_min_p(const Row& row, double min_p, const int32_t* sorted, Kept kept) {
+  if (min_p <= 0.0) return kept;
+  const double bound = min_p * static_cast<double>(row.mass[sorted[0]]);
+  int64_t i = 1;
+  while (i < kept.count && static_cast<double>(row.mass[sorted[i]]) >= bound) ++i;
+  return {i, prefix_mass(row, sorted, i), true, kept.is_final || i < kept.count};
+}
+
 // The sampled token, or -1 when `count` sorted candidates do not decide it; all of them always do.
 int32_t decide(const Row& row, const Filters& f, const int32_t* sorted, int64_t count,
                bool is_all) {
-  const int64_t limit = f.top_k > 0 ? std::min(f.top_k, row.n) : row.n;
-  if (f.top_k > 0 && count < limit && !is_all) return -1;
-  bool is_final = is_all || f.top_k > 0;  // does [0, kept) hold all that may be sampled?
-  int64_t kept = std::min(count, limit);
-  double total = row.total;
-  auto prefix_mass = [&](int64_t n) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(row.mass[sorted[i]]);
-    return sum;
-  };
-  if (f.top_k > 0) total = prefix_mass(kept);
-  if (f.top_p < 1.0) {
-    double sum = 0.0;
-    int64_t i = 0;
-    while (i < kept && sum < f.top_p * total) sum += static_cast<double>(row.mass[sorted[i++]]);
-    if (sum < f.top_p * total && !is_final) return -1;
-    kept = std::max<int64_t>(1, i);
-    total = prefix_mass(kept);
-    is_final = true;
-  }
-  if (f.min_p > 0.0) {
-    const double bound = f.min_p * static_cast<double>(row.mass[sorted[0]]);
-    int64_t i = 1;
-    while (i < kept && static_cast<double>(row.mass[sorted[i]]) >= bound) ++i;
-    if (i == kept && !is_final) return -1;
-    kept = i;
-    total = prefix_mass(kept);
-    is_final = true;
-  }
-  const double target = f.uniform * total;
+  Kept kept = apply_top_k(row, f.top_k, sorted, count, is_all);
+  if (kept.is_decided) kept = apply_top_p(row, f.top_p, sorted, kept);
+  if (kept.is_decided) kept = apply_min_p(row, f.min_p, sorted, kept);
+  if (!kept.is_decided && !is_all) return -1;
+  const double target = f.uniform * kept.total;
   double sum = 0.0;
-  for (int64_t i = 0; i < kept; ++i) {
+  for (int64_t i = 0; i < kept.count; ++i) {
     sum += static_cast<double>(row.mass[sorted[i]]);
     if (sum > target) return sorted[i];
   }
-  return is_final ? sorted[kept - 1] : -1;
+  return kept.is_final ? sorted[kept.count - 1] : -1;
 }
 
 int32_t sample_row(const Kernels& kernels, const float* logits, int64_t n, float temperature,
