@@ -40,8 +40,8 @@ def _jobs() -> list[dict[str, object]]:
     return [
         {
             "model": MODEL,
-            "prompt": " ".join(rng.choices(words, k=rng.randint(3, 60))),
-            "max_tokens": rng.randint(4, 40),
+            "prompt": " ".join(rng.choices(words, k=rng.randint(3, 50))),
+            "max_tokens": rng.randint(4, 24),
             "temperature": rng.choice([0.0, 0.8]),
             "seed": index,
             "extra_body": {"ignore_eos": True},
