@@ -6,6 +6,7 @@ Use: `envs.ISA.get()`; in tests `with envs.ISA.override("avx2"): ...`.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,12 @@ HOME: Env[Path] = Env(
     Path.home() / ".cache" / "xdeepserve",
     "Where pulled models and packed weights live.",
 )
+RUN_DIR: Env[Path] = Env(
+    "XDEEPSERVE_RUN_DIR",
+    Path,
+    Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()),
+    "Where running services keep their sockets and state.",
+)
 ISA: Env[str] = Env(
     "XDEEPSERVE_ISA",
     _one_of("auto", "portable", "avx2", "avx512"),
@@ -100,4 +107,4 @@ LOG_LEVEL: Env[str] = Env(
     "Level of the server's log on stderr.",
 )
 
-ALL: tuple[Env[Path] | Env[str] | Env[int | None], ...] = (HOME, ISA, NUM_THREADS, LOG_LEVEL)
+ALL: tuple[Env[Path] | Env[str] | Env[int | None], ...] = (HOME, RUN_DIR, ISA, NUM_THREADS, LOG_LEVEL)

@@ -66,6 +66,16 @@ class EngineDeadError(XDeepServeError):
     status = 503
 
 
+class ConnectionLost(XDeepServeError):
+    """The peer process closed the connection, died or does not read what it is sent (503)."""
+
+    status = 503
+
+
+class ProtocolError(XDeepServeError):
+    """A peer process sent bytes that are no valid message; the connection is closed."""
+
+
 class ConfigError(XDeepServeError):
     """A flag, file or environment variable is wrong; the process exits with status 2."""
 

@@ -73,6 +73,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         params: see SamplingParams.
         cache_salt: prefix-cache salt of the tenant; equal prompts share KV only under equal salts.
         priority: lower is served first; equal priorities in order of arrival.
+        resume_token_ids: output ids that another engine has made already; generation goes on after
+            them as if this engine had made them. They count as output in every parameter, limit
+            and usage, and are not sent again. Fewer than max_tokens, and none of them an end.
     """
 
     request_id: str
@@ -80,6 +83,13 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     params: SamplingParams
     cache_salt: str = ""
     priority: int = 0
+    resume_token_ids: list[int] = []
+
+
+def num_blocks_needed(request: GenerateRequest, block_size: int) -> int:
+    """KV blocks that the request's present tokens fill, the last one perhaps in part."""
+    num_tokens = len(request.prompt_token_ids) + len(request.resume_token_ids)
+    return -(-num_tokens // block_size)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -143,12 +153,16 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A snapshot of one DP group: queues, KV use, and counters since start."""
+    """A snapshot of one DP group: queues, KV use, and counters since start.
+
+    `num_reserved_blocks` are KV blocks that accepted requests which hold none yet will need.
+    """
 
     num_running: int
     num_waiting: int
     num_free_blocks: int
     num_total_blocks: int
+    num_reserved_blocks: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
@@ -160,3 +174,26 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def kv_usage(self) -> float:
         """Share of KV blocks that requests hold, 0 to 1 (evictable cached blocks count as free)."""
         return 1.0 - self.num_free_blocks / max(1, self.num_total_blocks)
+
+    @property
+    def kv_demand(self) -> float:
+        """Share of KV blocks held or reserved; above 1 when requests wait for blocks."""
+        num_held = self.num_total_blocks - self.num_free_blocks
+        return (num_held + self.num_reserved_blocks) / max(1, self.num_total_blocks)
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What the loop of a worker process says of itself.
+
+    Attributes:
+        progress: any number that differs whenever the loop has gone round since; a loop that hangs
+            repeats it.
+        is_idle: the loop has no work, so that standing still is no reproach.
+        load: named numbers for `xds status`, such as running requests.
+        error: why the loop ended for good; None while it lives.
+    """
+
+    progress: float
+    is_idle: bool = False
+    load: dict[str, float] = {}
+    error: str | None = None

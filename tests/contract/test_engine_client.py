@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.unit.flowserve.builders import make_config, make_executor, make_group, make_request
+from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import CapacityError, RequestError
+from xdeepserve.flowserve.dp_server import DPServer
 from xdeepserve.flowserve.engine_client import InProcClient
+from xdeepserve.flowserve.remote_engine import RemoteEngine
+from xdeepserve.flowserve.router import RouterEngine
 from xdeepserve.messages import EngineInfo, FinishReason, TokenOutput
 from xdeepserve.testing.scripted_engine import DEFAULT_INFO, ScriptedEngine
 from xdeepserve.testing.scripted_executor import scripted_output
@@ -33,12 +39,48 @@ def scripted() -> EngineClient:
     return ScriptedEngine(info=info)
 
 
-@pytest.fixture(params=[in_proc, scripted], ids=lambda make: make.__name__)
-async def client(request: pytest.FixtureRequest) -> AsyncIterator[EngineClient]:
-    make: Callable[[], EngineClient] = request.param
-    engine = make()
+class Remote:
+    """A group behind a socket, both ends on this event loop."""
+
+    def __init__(self, run_dir: Path, name: str = "dp0") -> None:
+        config = make_config()
+        group = make_group(config, make_executor(config), clock=SYSTEM_CLOCK)
+        self.path = run_dir / f"{name}.sock"
+        self.server = DPServer(group, self.path)
+
+    async def start(self) -> RemoteEngine:
+        await self.server.start()
+        return await RemoteEngine.connect(self.path, timeout_s=TIMEOUT_S)
+
+
+@pytest.fixture(params=["in_proc", "scripted", "remote", "router", "remote_router"])
+async def client(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EngineClient]:
+    remotes: list[Remote] = []
+    engine: EngineClient
+    match request.param:
+        case "in_proc":
+            engine = in_proc()
+        case "scripted":
+            engine = scripted()
+        case "remote":
+            remotes = [Remote(tmp_path)]
+            engine = await remotes[0].start()
+        case "router":
+            engine = router({"dp0": in_proc(), "dp1": in_proc()})
+        case _:
+            remotes = [Remote(tmp_path, "dp0"), Remote(tmp_path, "dp1")]
+            engine = router({r.path.stem: await r.start() for r in remotes})
     yield engine
     await engine.close(drain_timeout_s=0.0)
+    for remote in remotes:
+        await remote.server.close(drain_timeout_s=0.0)
+
+
+def router(members: dict[str, EngineClient]) -> RouterEngine:
+    engine = RouterEngine(next(iter(members.values())).info)
+    for name, member in members.items():
+        engine.add(name, member)
+    return engine
 
 
 async def collect(stream: AsyncIterator[TokenOutput]) -> list[TokenOutput]:
@@ -96,8 +138,10 @@ async def test_closing_the_stream_early_leaves_the_engine_idle(client: EngineCli
     await stream.aclose()
     outputs = await collect(client.generate(request=make_request("b")))
     assert ids_of(outputs) == scripted_output([5, 6, 7], 4)
+    async with asyncio.timeout(TIMEOUT_S):
+        while client.load().num_running or client.load().num_waiting:
+            await asyncio.sleep(0)
     load = client.load()
-    assert load.num_running == 0
     assert load.num_free_blocks == load.num_total_blocks
 
 
@@ -136,3 +180,19 @@ async def test_close_refuses_new_requests_and_is_idempotent(client: EngineClient
     assert not client.is_alive()
     with pytest.raises(CapacityError):
         client.generate(request=make_request("a"))
+
+
+async def test_a_resumed_request_goes_on_where_it_stopped(client: EngineClient) -> None:
+    whole = scripted_output([5, 6, 7], 9)
+    request = msgspec.structs.replace(make_request("a", max_tokens=9), resume_token_ids=whole[:4])
+    outputs = await collect(client.generate(request=request))
+    assert ids_of(outputs) == whole[4:]
+    usage = outputs[-1].usage
+    assert (usage.num_prompt_tokens, usage.num_output_tokens) == (3, 9)
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+
+
+async def test_a_finished_request_cannot_be_resumed(client: EngineClient) -> None:
+    request = msgspec.structs.replace(make_request("a"), resume_token_ids=[9, 9, 9, 9])
+    with pytest.raises(RequestError, match="4 output tokens"):
+        client.generate(request=request)

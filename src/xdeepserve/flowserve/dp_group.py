@@ -26,6 +26,7 @@ from xdeepserve.messages import (
     LoadReport,
     TokenOutput,
     Usage,
+    num_blocks_needed,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class DPGroup:
         self._max_num_waiting = max_num_waiting
         self._stall_timeout_s = stall_timeout_s
         self._inbox: deque[GenerateRequest | _Abort] = deque()
+        self._num_inbox_blocks = 0
         self._wakeup = threading.Condition()
         self._outbox: Outbox = _discard
         self._thread = threading.Thread(target=self._run, name="xds:dp0", daemon=True)
@@ -109,6 +111,7 @@ class DPGroup:
         with self._wakeup:
             self._check_accepts()
             self._inbox.append(request)
+            self._num_inbox_blocks += num_blocks_needed(request, self.info.block_size)
             self._wakeup.notify()
 
     def _check_accepts(self) -> None:
@@ -130,10 +133,13 @@ class DPGroup:
             self._wakeup.notify()
 
     def load(self) -> LoadReport:
-        """Snapshot after the latest step, with the inbox counted as waiting. Never blocks."""
+        """Snapshot of the latest step, with the inbox counted as waiting. Never blocks."""
         load = self._load
-        num_waiting = load.num_waiting + len(self._inbox)
-        return msgspec.structs.replace(load, num_waiting=num_waiting)
+        return msgspec.structs.replace(
+            load,
+            num_waiting=load.num_waiting + len(self._inbox),
+            num_reserved_blocks=load.num_reserved_blocks + self._num_inbox_blocks,
+        )
 
     def is_alive(self) -> bool:
         """Whether the loop runs and has made progress within the stall timeout."""
@@ -161,6 +167,8 @@ class DPGroup:
         self._drain_inbox()
         plan = self._plan = self._scheduler.schedule()
         if not plan.is_empty:
+            # What has just left the inbox must be seen while the step runs.
+            self._load = self._scheduler.load_report()
             result = self._executor.execute(plan=plan)
             self._drain_inbox()
             self._outputs += self._scheduler.update(plan, result)
@@ -179,6 +187,7 @@ class DPGroup:
                 ended = self._receive(self._inbox.popleft())
                 if ended is not None:
                     self._outputs.append(ended)
+            self._num_inbox_blocks = 0
 
     def _receive(self, message: GenerateRequest | _Abort) -> TokenOutput | None:
         """Act on one message; returns the terminal output it leads to, if any."""
@@ -232,6 +241,7 @@ class DPGroup:
             self._death = reason
             late = [m for m in self._inbox if isinstance(m, GenerateRequest)]
             self._inbox.clear()
+            self._num_inbox_blocks = 0
         error = f"the engine failed: {reason}"
         self._outputs += self._scheduler.fail_all(error)
         self._outputs += [_refused(request, error) for request in late]
@@ -247,7 +257,7 @@ def _refused(request: GenerateRequest, error: str) -> TokenOutput:
     return TokenOutput(
         request_id=request.request_id,
         token_ids=[],
-        usage=Usage(len(request.prompt_token_ids)),
+        usage=Usage(len(request.prompt_token_ids), 0, len(request.resume_token_ids)),
         finish_reason=FinishReason.ERROR,
         error=error,
     )

@@ -10,69 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator
 from typing import Final
 
 from xdeepserve.errors import RequestError, XDeepServeError
 from xdeepserve.flowserve.dp_group import DPGroup
+from xdeepserve.flowserve.token_stream import TokenStream
+from xdeepserve.flowserve.validation import validate_request
 from xdeepserve.messages import EngineInfo, GenerateRequest, LoadReport, TokenOutput
 
 logger = logging.getLogger(__name__)
 
 _JOIN_MARGIN_S: Final = 60.0
 """How long after the drain timeout the step loop may take to end its last step."""
-
-
-class TokenStream(AsyncIterator[TokenOutput]):
-    """The outputs of one request. Closing it before the terminal output aborts the request."""
-
-    def __init__(self, group: DPGroup, request_id: str) -> None:
-        self._group = group
-        self._request_id = request_id
-        self._outputs: deque[TokenOutput] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._is_finished = False
-        self._is_closed = False
-
-    def push(self, output: TokenOutput) -> None:
-        """Add an output and wake the reader. Called by the client on the event loop."""
-        if self._is_closed:
-            return
-        self._outputs.append(output)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def __anext__(self) -> TokenOutput:
-        """The next output; StopAsyncIteration after the terminal one or `aclose`."""
-        if self._is_finished or self._is_closed:
-            raise StopAsyncIteration
-        while not self._outputs:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            except asyncio.CancelledError:
-                self._abandon()
-                raise
-            finally:
-                self._waiter = None
-        output = self._outputs.popleft()
-        self._is_finished = output.finish_reason is not None
-        return output
-
-    async def aclose(self) -> None:
-        """Stop reading; aborts the request unless it is finished. Idempotent."""
-        self._abandon()
-
-    def _abandon(self) -> None:
-        if not (self._is_closed or self._is_finished):
-            self._group.abort(self._request_id)
-        self._is_closed = True
-        self._outputs.clear()
-
-    def __del__(self) -> None:
-        # A reader that forgot aclose() must not keep KV blocks until max_tokens.
-        self._abandon()
 
 
 class InProcClient:
@@ -100,7 +49,7 @@ class InProcClient:
             raise RequestError(f"request_id={request.request_id!r} is already in use")
         self._bind_loop()
         self._group.submit(request)
-        stream = TokenStream(self._group, request.request_id)
+        stream = TokenStream(request.request_id, abort=self._group.abort)
         self._streams[request.request_id] = weakref.ref(stream)
         return stream
 
@@ -152,30 +101,3 @@ class InProcClient:
         timeout_s = drain_timeout_s + _JOIN_MARGIN_S
         if not await asyncio.to_thread(self._group.join, timeout_s=timeout_s):
             logger.error("the step loop did not end within %.0f s of closing", timeout_s)
-
-
-def validate_request(request: GenerateRequest, info: EngineInfo) -> None:
-    """Check what the engine relies on: ids in range and room for at least one output token.
-
-    Raises:
-        RequestError: says which value breaks which limit.
-    """
-    ids = request.prompt_token_ids
-    if not ids:
-        raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
-    if len(ids) >= info.max_model_len:
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens, but this model's maximum context length is "
-            f"{info.max_model_len} tokens, output included; shorten the prompt",
-            code="context_length_exceeded",
-            param="prompt",
-        )
-    if min(ids) < 0 or max(ids) >= info.vocab_size:
-        bad = next(i for i in ids if not 0 <= i < info.vocab_size)
-        raise RequestError(
-            f"token id {bad} is outside the vocabulary of {info.vocab_size} ids", param="prompt"
-        )
-    if request.params.max_tokens < 1:
-        raise RequestError(
-            f"max_tokens={request.params.max_tokens} must be at least 1", param="max_tokens"
-        )

@@ -35,7 +35,7 @@ class Request:
         token_ids: int32 array, prompt then output.
         num_prompt_tokens: length of the prompt.
         num_computed_tokens: leading tokens whose KV is in `blocks`.
-        num_cached_tokens: of those, served by the prefix cache when it first ran; None before.
+        num_cached_tokens: prompt tokens served by the prefix cache when it first ran; None before.
         blocks: KV blocks held; empty unless running.
         status: see RequestStatus.
     """
@@ -58,6 +58,7 @@ class Request:
         self.order = (request.priority, arrival)
         self.token_ids: array[int] = array("i", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.token_ids.extend(request.resume_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.blocks = blocks

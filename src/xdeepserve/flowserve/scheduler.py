@@ -76,6 +76,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._running = RequestQueue()
         self._waiting = RequestQueue()
+        # Blocks that the waiting requests need for their present tokens.
+        self._num_reserved_blocks = 0
         self._counters = _Counters()
         self._num_arrivals = 0
 
@@ -103,7 +105,19 @@ class Scheduler:
         accepted = Request(request, arrival=self._num_arrivals, blocks=blocks)
         self._num_arrivals += 1
         self._requests[accepted.request_id] = accepted
-        self._waiting.add(accepted)
+        self._enter_waiting(accepted)
+
+    def _enter_waiting(self, request: Request) -> None:
+        self._waiting.add(request)
+        self._num_reserved_blocks += self._num_blocks_of(request)
+
+    def _leave_waiting(self, request: Request) -> None:
+        self._waiting.remove(request)
+        self._num_reserved_blocks -= self._num_blocks_of(request)
+
+    def _num_blocks_of(self, request: Request) -> int:
+        """Blocks for its present tokens, which do not change while it waits."""
+        return -(-request.num_tokens // self._kv.block_size)
 
     def abort(self, request_id: str) -> TokenOutput | None:
         """End a request at any moment; its blocks are free at once.
@@ -133,6 +147,7 @@ class Scheduler:
         self._requests.clear()
         self._running.clear()
         self._waiting.clear()
+        self._num_reserved_blocks = 0
         return [r.output(finish_reason=FinishReason.ERROR, error=message) for r in requests]
 
     # -- the step -------------------------------------------------------------------------------
@@ -213,10 +228,11 @@ class Scheduler:
             return False
         request.num_computed_tokens = num_hit
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = num_hit
+            # A resumed request may find output cached too; the bill is about the prompt.
+            request.num_cached_tokens = min(num_hit, request.num_prompt_tokens)
             self._counters.prompt_tokens += request.num_prompt_tokens
-            self._counters.prefix_hits += num_hit
-        self._waiting.remove(request)
+            self._counters.prefix_hits += request.num_cached_tokens
+        self._leave_waiting(request)
         self._running.add(request)
         request.status = RequestStatus.RUNNING
         return True
@@ -225,7 +241,7 @@ class Scheduler:
         self._kv.free(request.blocks)
         request.num_computed_tokens = 0
         self._running.remove(request)
-        self._waiting.add(request)
+        self._enter_waiting(request)
         request.status = RequestStatus.PREEMPTED
         self._counters.preemptions += 1
 
@@ -306,8 +322,10 @@ class Scheduler:
         They are forgotten last: if giving back fails, `fail_all` still answers every one of them.
         """
         for request in requests:
-            running = request.status is RequestStatus.RUNNING
-            (self._running if running else self._waiting).remove(request)
+            if request.status is RequestStatus.RUNNING:
+                self._running.remove(request)
+            else:
+                self._leave_waiting(request)
             self._kv.free(request.blocks)
             request.status = RequestStatus.FINISHED
         for request in requests:
@@ -323,6 +341,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_free_blocks=self._kv.num_free_blocks,
             num_total_blocks=self._kv.num_total_blocks,
+            num_reserved_blocks=self._num_reserved_blocks,
             num_steps=counters.steps,
             num_preemptions=counters.preemptions,
             num_prompt_tokens=counters.prompt_tokens,
@@ -347,4 +366,10 @@ class Scheduler:
         for request in self._waiting:
             if len(request.blocks):
                 raise IntegrityError(f"waiting request {request.request_id} holds KV blocks")
+        num_reserved = sum(self._num_blocks_of(request) for request in self._waiting)
+        if num_reserved != self._num_reserved_blocks:
+            raise IntegrityError(
+                f"waiting requests need {num_reserved} KV blocks, but "
+                f"{self._num_reserved_blocks} are reserved"
+            )
         self._kv.check_integrity(r.blocks for r in queued)

@@ -16,6 +16,8 @@ from xdeepserve.errors import ConfigError, XDeepServeError
 
 COMMANDS: dict[str, str] = {
     "serve": "serve a model behind an OpenAI-compatible API",
+    "status": "show the workers of a running service",
+    "scale": "change the number of workers of a running service",
     "chat": "talk to a running server in the terminal",
     "generate": "complete one prompt in this process and print it",
     "models": "list, inspect, pull and upcycle models",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from xdeepserve.config import ModelConfig
-from xdeepserve.launch.flags import add_config_flags
+from xdeepserve.launch.flags import add_config_flags, config_from_args
 from xdeepserve.launch.server_process import ServerProcess
 from xdeepserve.loadgen.chat import ask_once
 
@@ -21,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask once; 0 when an answer came and the server stopped cleanly."""
-    server = ServerProcess(args.model, "--dtype", args.dtype, show_stderr=True)
+    dtype = config_from_args(ModelConfig, args).dtype
+    server = ServerProcess(args.model, "--dtype", dtype, show_stderr=True)
     try:
         print(f"{server.model} on {server.url}\n> {args.question}", flush=True)
         options = {"temperature": 0, "max_tokens": 128}

@@ -10,10 +10,14 @@ from pathlib import Path
 
 from xdeepserve import __version__, envs
 from xdeepserve.errors import ConfigError
+from xdeepserve.launch.run_dir import clean_dead_runs, dead_runs, living_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", action="store_true", help="also measure bandwidth and GEMM")
+    parser.add_argument(
+        "--clean", action="store_true", help="remove what dead runs left: processes, files, memory"
+    )
     parser.set_defaults(handler=run)
 
 
@@ -28,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     for env in envs.ALL:
         _show(env.name, f"{env.get()}  ({env.doc})")
     _show_storage(envs.HOME.get())
+    _show_runs(clean=args.clean)
     if args.measure and healthy:
         _show_ceilings()
     return 0 if healthy else 1
@@ -61,6 +66,16 @@ def _show_storage(home: Path) -> None:
     leftovers = [path for name in ("models", "packed") for path in (home / name).glob("*.tmp")]
     leftovers += (home / "models").glob(".*.tmp")
     _show("leftovers", ", ".join(map(str, sorted(set(leftovers)))) or "none")
+
+
+def _show_runs(*, clean: bool) -> None:
+    _show("living runs", ", ".join(run.run_id for run in living_runs()) or "none")
+    dead = clean_dead_runs() if clean else dead_runs()
+    verb = "removed" if clean else "left; --clean removes it"
+    for run in dead:
+        _show(f"dead run {run.run_id}", f"{run.path} {verb}")
+    if not dead:
+        _show("dead runs", "none")
 
 
 def _show_ceilings() -> None:

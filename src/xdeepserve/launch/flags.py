@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from typing import Any, TypeVar
 
 C = TypeVar("C")
@@ -16,6 +16,9 @@ def add_config_flags(
     parser: argparse.ArgumentParser, config: type[Any], *, only: Iterable[str] = ()
 ) -> None:
     """Add one `--kebab-case` flag per field of a config dataclass.
+
+    A flag that is not given leaves no trace in the parsed arguments, so that a deployment file can
+    tell it from one that is given with the default value.
 
     Args:
         parser: receives an argument group named after the class's docstring.
@@ -34,19 +37,32 @@ def _add_flag(group: argparse._ArgumentGroup, field: Field[Any]) -> None:
     text = f"{field.metadata['doc']} (default: {field.default})".replace("%", "%%")
     if field.type == "bool":
         action = argparse.BooleanOptionalAction
-        group.add_argument(flag, action=action, default=field.default, help=text)
+        group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
         return
     parse = _TYPES[str(field.type)]
     metavar = str(field.type).upper()
-    group.add_argument(flag, type=parse, default=field.default, metavar=metavar, help=text)
+    group.add_argument(flag, type=parse, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def config_from_args(config: type[C], args: argparse.Namespace) -> C:
-    """Build the frozen config from parsed flags; fields without a flag keep their default.
+    """Build the frozen config from the flags that were given; other fields keep their default.
 
     Raises:
         ConfigError: a value is out of its range.
     """
-    names = {field.name for field in fields(config)}  # type: ignore[arg-type]
-    given = {name: value for name, value in vars(args).items() if name in names}
-    return config(**given)
+    return config(**_given(config, args))
+
+
+def override(base: C, args: argparse.Namespace) -> C:
+    """`base` with the fields whose flags were given.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+    changed: C = replace(base, **_given(type(base), args))  # type: ignore[type-var]
+    return changed
+
+
+def _given(config: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    names = {field.name for field in fields(config)}
+    return {name: value for name, value in vars(args).items() if name in names}

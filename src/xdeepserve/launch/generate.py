@@ -12,8 +12,9 @@ from xdeepserve.config import EngineConfig
 from xdeepserve.errors import ConfigError, EngineDeadError
 from xdeepserve.flowserve.build import build_engine
 from xdeepserve.flowserve.engine_client import InProcClient
-from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load, setup_logging
+from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load
 from xdeepserve.launch.flags import config_from_args
+from xdeepserve.launch.logs import setup_logging
 from xdeepserve.messages import FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from xdeepserve.telemetry import RequestTimeline
 from xdeepserve.text.chat_template import ChatTemplate

@@ -16,8 +16,9 @@ from xdeepserve.config import EngineConfig, ModelConfig
 from xdeepserve.errors import ConfigError, EngineDeadError
 from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.flowserve.dp_group import DPGroup
-from xdeepserve.launch.compose import add_model_arguments, load, setup_logging
+from xdeepserve.launch.compose import add_model_arguments, load
 from xdeepserve.launch.flags import config_from_args
+from xdeepserve.launch.logs import setup_logging
 from xdeepserve.loadgen.report import json_line, machine_fingerprint
 from xdeepserve.messages import FinishReason, GenerateRequest, SamplingParams
 from xdeepserve.ops.machine import measure_ceilings
@@ -132,7 +133,7 @@ def _print_document(group: DPGroup, args: argparse.Namespace, results: list[Batc
             "engine": asdict(config_from_args(EngineConfig, args)),
         },
         "results": [asdict(result) for result in results],
-        "ceilings": asdict(measure_ceilings(args.num_threads)),
+        "ceilings": asdict(measure_ceilings(config_from_args(ModelConfig, args).num_threads)),
         "machine": machine_fingerprint(),
     }
     print(json_line(document))

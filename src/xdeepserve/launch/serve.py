@@ -1,16 +1,24 @@
-"""`xdeepserve serve`: gateway, frontend and one colocated DP group in one process."""
+"""`xdeepserve serve`: a model behind an OpenAI-compatible API, in one process or taken apart."""
 
 from __future__ import annotations
 
 import argparse
+import socket
+from dataclasses import replace
+from pathlib import Path
 
-from xdeepserve.config import EngineConfig, GatewayConfig
-from xdeepserve.launch.compose import add_model_arguments, load, setup_logging
-from xdeepserve.launch.flags import add_config_flags, config_from_args
+from xdeepserve.config import GatewayConfig
+from xdeepserve.errors import ConfigError
+from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load_named
+from xdeepserve.launch.deployment import ROLES, Deployment
+from xdeepserve.launch.deployment_file import load_deployment
+from xdeepserve.launch.flags import add_config_flags, override
+from xdeepserve.launch.logs import setup_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, is_optional=True)
+    _add_worker_flags(parser)
     add_config_flags(parser, GatewayConfig)
     parser.add_argument(
         "--served-model-name",
@@ -18,32 +26,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name clients use for the model; may be given several times (default: MODEL's own)",
     )
-    parser.add_argument(
-        "--colocated",
-        action="store_true",
-        default=True,
-        help="run attention, FFN and experts in one process (the default, and so far the only way)",
-    )
     parser.add_argument("--access-log", action="store_true", help="log every HTTP request")
     parser.set_defaults(handler=run)
 
 
+def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Workers in processes of their own")
+    group.add_argument(
+        "--deployment", type=Path, metavar="FILE", help="deployment file (YAML); flags override it"
+    )
+    group.add_argument(
+        "--colocated",
+        action="store_true",
+        help="run attention, FFN and experts in one process (the default without worker flags)",
+    )
+    texts = {"attention": "DP groups", "ffn": "FFN workers", "expert": "expert workers"}
+    for role in ROLES:
+        group.add_argument(f"--{role}", type=int, metavar="N", help=f"number of {texts[role]}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the address is bound before the model is loaded."""
-    from xdeepserve.flowserve.build import build_engine
-    from xdeepserve.maas.app import create_app
-    from xdeepserve.maas.server import bind, run_server
-    from xdeepserve.text.tokenizer import Tokenizer
+    from xdeepserve.maas.server import bind
 
     setup_logging()
-    gateway = config_from_args(GatewayConfig, args)
-    engine_config = config_from_args(EngineConfig, args)
-    with bind(gateway) as listener:
-        loaded = load(args)
+    deployment = deployment_from_args(args)
+    counts = {role: getattr(args, role) for role in ROLES if getattr(args, role) is not None}
+    is_apart = bool(counts) or args.deployment is not None
+    if args.colocated and counts:
+        raise ConfigError("--colocated and worker counts exclude each other; give one of them")
+    with bind(deployment.gateway) as listener:
+        loaded = load_named(deployment.model, deployment.precision)
         names = args.served_model_name or [loaded.name]
-        engine = build_engine(model=loaded.model, model_name=names[0], config=engine_config)
-        tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
-        app = create_app(engine, tokenizer, gateway, model_names=names)
-        engine.start()
-        run_server(app, gateway, listener=listener, access_log=args.access_log)
+        if is_apart and not args.colocated:
+            from xdeepserve.launch.serve_cluster import serve_cluster
+
+            return serve_cluster(
+                deployment, loaded, names=names, listener=listener, access_log=args.access_log
+            )
+        return _serve_colocated(deployment, loaded, names, listener, args.access_log)
+
+
+def deployment_from_args(args: argparse.Namespace) -> Deployment:
+    """The deployment file, if one is named, with the flags over it.
+
+    Raises:
+        ConfigError: a file, flag or count is wrong, or no model is named.
+    """
+    base = Deployment() if args.deployment is None else load_deployment(args.deployment)
+    counts = {role: getattr(args, role) for role in ROLES if getattr(args, role) is not None}
+    deployment = replace(
+        base.with_counts(counts),
+        model=args.model or base.model,
+        precision=override(base.precision, args),
+        limits=override(base.limits, args),
+        gateway=override(base.gateway, args),
+    )
+    if not deployment.model:
+        raise ConfigError("no model is named; give MODEL, or `model:` in the deployment file")
+    return deployment
+
+
+def _serve_colocated(
+    deployment: Deployment,
+    loaded: LoadedModel,
+    names: list[str],
+    listener: socket.socket,
+    access_log: bool,
+) -> int:
+    from xdeepserve.flowserve.build import build_engine
+    from xdeepserve.maas.app import create_app
+    from xdeepserve.maas.server import run_server
+    from xdeepserve.text.tokenizer import Tokenizer
+
+    engine = build_engine(model=loaded.model, model_name=names[0], config=deployment.limits)
+    tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
+    app = create_app(engine, tokenizer, deployment.gateway, model_names=names)
+    engine.start()
+    run_server(app, deployment.gateway, listener=listener, access_log=access_log)
     return 0

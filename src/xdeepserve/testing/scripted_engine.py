@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from xdeepserve.errors import CapacityError, EngineDeadError
-from xdeepserve.flowserve.engine_client import validate_request
+from xdeepserve.flowserve.validation import validate_request
 from xdeepserve.messages import (
     EngineInfo,
     FinishReason,
@@ -95,7 +95,7 @@ class ScriptedEngine:
         self._running.add(request_id)
         is_finished = False
         try:
-            for count in range(1, len(answer) + 1):
+            for count in range(len(request.resume_token_ids) + 1, len(answer) + 1):
                 await self.gate.wait()
                 await asyncio.sleep(0)
                 if request_id in self._abort_asked:

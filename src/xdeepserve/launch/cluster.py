@@ -1,0 +1,248 @@
+"""Cluster: the gateway's side of a disaggregated service.
+
+    lease --> [ supervisor process, restarted when it ends ] --membership--> listener
+
+Holds the lease of the run: when this process ends, supervisor and workers end too. Used on one
+event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.control import ControlClient
+from xdeepserve.errors import ConnectionLost, DeadlineExceeded, EngineDeadError, XDeepServeError
+from xdeepserve.launch.roster import MemberListener, Roster
+from xdeepserve.launch.run_dir import create_run
+from xdeepserve.launch.service import ServiceConfig
+from xdeepserve.launch.supervisor.child import Child, describe_exit
+from xdeepserve.launch.supervisor.client import connect_supervisor, scale_run, status_of
+from xdeepserve.launch.supervisor.messages import (
+    Membership,
+    Status,
+    StopAll,
+    Subscribe,
+)
+from xdeepserve.launch.supervisor.restart_policy import RestartPolicy
+
+logger = logging.getLogger(__name__)
+
+SUPERVISOR_MODULE: Final = "xdeepserve.launch.supervisor"
+RECONNECT_S: Final = 0.05
+RETRY_S: Final = 0.2
+PING_INTERVAL_S: Final = 1.0
+PING_TIMEOUT_S: Final = 5.0
+STOP_MARGIN_S: Final = 20.0
+"""Beyond the drain: for SIGTERM, SIGKILL and the supervisor's own end."""
+
+
+class Cluster:
+    """One run: its directory, its supervisor and what is known of its workers.
+
+    Attributes:
+        run: the run directory.
+        membership: the latest; None before the first.
+    """
+
+    def __init__(self, service: ServiceConfig, listener: MemberListener) -> None:
+        """Make the run directory and take its lease.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
+        self.run, self._lease = create_run()
+        service.save(self.run)
+        self.membership: Membership | None = None
+        self._service = service
+        self._roster = Roster(listener)
+        self._is_stopping = False
+        self._does_supervisor_crash = False
+        self._news = asyncio.Condition()
+        self._supervisor: Child | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, *, timeout_s: float) -> None:
+        """Start the supervisor; return when all workers can serve and the listener knows them.
+
+        Raises:
+            EngineDeadError: a worker or the supervisor does not start.
+            DeadlineExceeded: not ready in time.
+        """
+        for loop in (self._keep_supervisor(), self._follow(), self._tell_listener()):
+            self._tasks.append(asyncio.create_task(loop))
+        try:
+            async with asyncio.timeout(timeout_s), self._news:
+                await self._news.wait_for(self._is_complete)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the workers are not ready after {timeout_s:g} s: {self._describe()}"
+            ) from None
+
+    async def wait_for(self, condition: Callable[[Membership], bool]) -> Membership:
+        """The latest membership, or the first to come, that fulfils the condition."""
+        async with self._news:
+            await self._news.wait_for(
+                lambda: self.membership is not None and condition(self.membership)
+            )
+        assert self.membership is not None, "the condition was fulfilled"
+        return self.membership
+
+    @property
+    def supervisor_pid(self) -> int:
+        """Process id of the present supervisor; 0 before the start."""
+        return 0 if self._supervisor is None else self._supervisor.identity.pid
+
+    async def scale(self, counts: Mapping[str, int]) -> Membership:
+        """Begin to run that many workers of each named role; see `wait_for` for its end.
+
+        Raises:
+            ConfigError: unknown role, or counts the model or machine does not allow.
+            ConnectionLost: the supervisor is being restarted; try again.
+        """
+        return await scale_run(self.run, counts)
+
+    async def status(self) -> Status:
+        """Membership, and the latest heartbeats.
+
+        Raises:
+            ConnectionLost: the supervisor is being restarted; try again.
+        """
+        return await status_of(self.run)
+
+    async def wait_told(self) -> None:
+        """Return when the listener knows the present membership."""
+        async with self._news:
+            await self._news.wait_for(lambda: not self._is_listener_behind())
+
+    async def stop(self, *, drain_timeout_s: float) -> None:
+        """Drain and end workers and supervisor, remove the run directory. Idempotent."""
+        try:
+            await self._stop_supervisor(drain_timeout_s)
+        except (XDeepServeError, TimeoutError) as exc:
+            logger.warning("the supervisor did not stop the workers (%s); killing them", exc)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._supervisor is not None:
+                self._supervisor.forget()
+            self.run.kill_processes()
+            self.run.remove()
+            self._lease.release()
+
+    async def _stop_supervisor(self, drain_timeout_s: float) -> None:
+        """Have everything drained and ended, by a second supervisor if the first one dies."""
+        if self._supervisor is None:
+            return
+        self._is_stopping = True
+        async with asyncio.timeout(drain_timeout_s + STOP_MARGIN_S):
+            while not await self._try_stop(drain_timeout_s):
+                await asyncio.sleep(RECONNECT_S)
+
+    async def _try_stop(self, drain_timeout_s: float) -> bool:
+        """Tell the present supervisor to stop all; whether it did, and did not die before."""
+        assert self._supervisor is not None, "the caller has seen to it"
+        exited = asyncio.shield(self._supervisor.exited)
+        with contextlib.suppress(ConnectionLost):
+            async with connect_supervisor(self.run) as client:
+                await client.call(StopAll(drain_timeout_s), timeout_s=STOP_MARGIN_S)
+            await exited
+        return exited.done() and exited.result() == 0
+
+    # -- the supervisor -------------------------------------------------------------------------
+
+    async def _keep_supervisor(self) -> None:
+        """Start the supervisor, and start it again whenever it ends."""
+        policy = RestartPolicy(self._service.deployment.supervision)
+        command = [sys.executable, "-m", SUPERVISOR_MODULE, str(self.run.path)]
+        while True:
+            self._supervisor = Child.spawn(command)
+            code = await asyncio.shield(self._supervisor.exited)
+            if self._is_stopping and code == 0:
+                return
+            wait_s = policy.next_wait_s(SYSTEM_CLOCK.monotonic())
+            if wait_s is None:
+                async with self._news:
+                    self._does_supervisor_crash = True
+                    self._news.notify_all()
+                # The workers go on without a supervisor, so there is always another try.
+                wait_s = self._service.deployment.supervision.backoff_max_s
+            logger.warning("the supervisor %s; next start in %g s", describe_exit(code), wait_s)
+            await asyncio.sleep(wait_s)
+
+    async def _follow(self) -> None:
+        """Keep `membership` up to date, across supervisors."""
+        while True:
+            with contextlib.suppress(XDeepServeError):
+                async with connect_supervisor(self.run) as client:
+                    pinging = asyncio.create_task(self._ping_supervisor(client))
+                    try:
+                        async for membership in client.stream(Subscribe(), item_timeout_s=None):
+                            await self._take(membership)
+                    finally:
+                        pinging.cancel()
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _take(self, membership: Membership) -> None:
+        async with self._news:
+            self.membership = membership
+            self._news.notify_all()
+
+    async def _ping_supervisor(self, client: ControlClient) -> None:
+        """Kill a supervisor that hangs; a new one takes over."""
+        try:
+            while True:
+                await client.ping(timeout_s=PING_TIMEOUT_S)
+                await asyncio.sleep(PING_INTERVAL_S)
+        except DeadlineExceeded:
+            logger.warning("the supervisor does not answer; killing it")
+            if self._supervisor is not None:
+                self._supervisor.send_signal(signal.SIGKILL)
+        except XDeepServeError:
+            return  # Its connection is gone: `_follow` connects again.
+
+    # -- the members ----------------------------------------------------------------------------
+
+    def _is_complete(self) -> bool:
+        """Whether all wanted workers can serve and the listener knows every DP group.
+
+        Raises:
+            EngineDeadError: one of them failed for good.
+        """
+        membership = self.membership
+        if membership is None:
+            if self._does_supervisor_crash:
+                raise EngineDeadError("the supervisor does not start; its log says why")
+            return False
+        groups = {member.name for member in membership.members if member.spec.role == "attention"}
+        return membership.is_settled() and groups == self._roster.names
+
+    def _describe(self) -> str:
+        if self.membership is None:
+            return "the supervisor has not answered"
+        states = (f"{m.name} {m.state} {m.reason}".strip() for m in self.membership.members)
+        return ", ".join(states)
+
+    async def _tell_listener(self) -> None:
+        """Bring the listener up to date with each membership; try again where it could not."""
+        while True:
+            async with self._news:
+                await self._news.wait_for(self._is_listener_behind)
+            assert self.membership is not None, "the listener cannot be behind nothing"
+            try:
+                await self._roster.update(self.membership)
+            except XDeepServeError as exc:
+                logger.warning("a worker could not be joined: %s", exc.message)
+                await asyncio.sleep(RETRY_S)
+            async with self._news:
+                self._news.notify_all()
+
+    def _is_listener_behind(self) -> bool:
+        return self.membership is not None and self.membership.epoch != self._roster.epoch

@@ -1,0 +1,194 @@
+"""Deployment: which model is served by how many workers of each role, where and within what limits.
+
+Frozen dataclasses; every field is documented here and becomes a key of the deployment file
+(`deployment_file.py`). What depends on the model or the machine is checked by `plan.resolve`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from xdeepserve.config import EngineConfig, GatewayConfig, ModelConfig, option
+from xdeepserve.errors import ConfigError
+
+ROLES: Final = ("attention", "ffn", "expert")
+MAX_WORKERS_PER_ROLE: Final = 256
+
+CoreLists = tuple[tuple[int, ...], ...]
+Slices = tuple[tuple[int, int], ...]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleSpec:
+    """Workers of one role."""
+
+    count: int = option(0, "Number of workers; 0 = the attention workers do this role's work.")
+    cores: CoreLists = option((), "Cores of each worker, one list per rank; empty = not pinned.")
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.count <= MAX_WORKERS_PER_ROLE,
+            f"count={self.count} must be between 0 and {MAX_WORKERS_PER_ROLE}",
+        )
+        for rank, cores in enumerate(self.cores):
+            _require(
+                bool(cores) and min(cores) >= 0 and len(set(cores)) == len(cores),
+                f"cores[{rank}]={list(cores)} must name at least one core, none twice, none "
+                "negative",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRoleSpec(RoleSpec):
+    """DP groups: attention, scheduler, KV cache, and the work of roles that have no worker."""
+
+    count: int = option(1, "Number of DP groups.")
+
+    def __post_init__(self) -> None:
+        # super() would look for the class that slots=True replaced.
+        RoleSpec.__post_init__(self)
+        _require(self.count >= 1, f"count={self.count} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRoleSpec(RoleSpec):
+    """Expert workers: each holds a slice of the routed experts of all layers."""
+
+    slices: Slices = option(
+        (), "Experts of each worker as [start, stop), one per rank; empty = an even split."
+    )
+    replicas: int = option(0, "Redundant experts that each worker holds besides its slice.")
+
+    def __post_init__(self) -> None:
+        RoleSpec.__post_init__(self)
+        _require(self.replicas >= 0, f"replicas={self.replicas} must not be negative")
+        _require(
+            self.replicas == 0 or self.count >= 2,
+            f"replicas={self.replicas} needs at least 2 expert workers, count={self.count}",
+        )
+        _require(
+            len(self.slices) in (0, self.count),
+            f"slices lists {len(self.slices)} workers, count={self.count}; give one per worker",
+        )
+        for rank, (start, stop) in enumerate(self.slices):
+            _require(
+                0 <= start < stop, f"slices[{rank}]=[{start}, {stop}] must be 0 <= start < stop"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolesSpec:
+    """The three roles of the model taken apart."""
+
+    attention: AttentionRoleSpec = option(AttentionRoleSpec(), "DP groups.")
+    ffn: RoleSpec = option(RoleSpec(), "Workers of dense layers and shared experts.")
+    expert: ExpertRoleSpec = option(ExpertRoleSpec(), "Workers of routed experts.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloConfig:
+    """Service-level objectives; shown by `xds status`."""
+
+    ttft_ms: float = option(0.0, "Target time to first token, milliseconds; 0 = none.")
+    tpot_ms: float = option(50.0, "Target time per output token, milliseconds; 0 = none.")
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms)):
+            _require(math.isfinite(value) and value >= 0, f"{name}={value} must be finite and >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisionConfig:
+    """How workers are watched, restarted and stopped. Durations in seconds."""
+
+    heartbeat_interval_s: float = option(0.25, "Time between two pings of a worker.")
+    freeze_timeout_s: float = option(
+        3.0, "A worker that neither answers nor uses CPU for this long is killed."
+    )
+    busy_timeout_s: float = option(
+        60.0, "A worker that lives but makes no progress for this long is killed."
+    )
+    start_timeout_s: float = option(300.0, "A worker that is not ready after this long is killed.")
+    drain_timeout_s: float = option(30.0, "Time a worker gets to finish its work before SIGTERM.")
+    stop_timeout_s: float = option(5.0, "Time between SIGTERM and SIGKILL.")
+    backoff_initial_s: float = option(0.05, "Wait before the first restart; doubles each time.")
+    backoff_max_s: float = option(10.0, "Longest wait before a restart.")
+    crash_loop_limit: int = option(8, "Crashes within the window after which a worker is failed.")
+    crash_loop_window_s: float = option(120.0, "Window of the crash-loop limit.")
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value > 0, f"{name}={value} must be finite and above 0"
+            )
+        _require(
+            self.freeze_timeout_s >= 2 * self.heartbeat_interval_s,
+            f"freeze_timeout_s={self.freeze_timeout_s} must be at least twice "
+            f"heartbeat_interval_s={self.heartbeat_interval_s}, or one lost ping kills a worker",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """Everything that `xds serve` needs to know; the root of the deployment file."""
+
+    model: str = option("", "A name (`xds models list`), a folder or a .gguf file.")
+    precision: ModelConfig = option(ModelConfig(), "Weight precision and operator threads.")
+    roles: RolesSpec = option(RolesSpec(), "Workers by role.")
+    limits: EngineConfig = option(EngineConfig(), "Limits of each DP group.")
+    gateway: GatewayConfig = option(GatewayConfig(), "The HTTP edge.")
+    slo: SloConfig = option(SloConfig(), "Service-level objectives.")
+    supervision: SupervisionConfig = option(SupervisionConfig(), "Watching and restarting.")
+
+    def role(self, name: str) -> RoleSpec:
+        """The spec of one of ROLES.
+
+        Raises:
+            ConfigError: there is no such role.
+        """
+        if name not in ROLES:
+            raise ConfigError(f"role {name!r} is unknown; roles are {', '.join(ROLES)}")
+        spec: RoleSpec = getattr(self.roles, name)
+        return spec
+
+    def counts(self) -> dict[str, int]:
+        """Workers by role."""
+        return {name: self.role(name).count for name in ROLES}
+
+    def with_counts(self, counts: Mapping[str, int]) -> Deployment:
+        """This deployment with other worker counts.
+
+        Expert slices are for one count; under another one the experts are split evenly, and the
+        replicas that a single worker cannot hold are dropped.
+
+        Raises:
+            ConfigError: unknown role or a count out of range.
+        """
+        roles = self.roles
+        for name, count in counts.items():
+            spec = self.role(name)
+            if spec.count == count:
+                continue
+            if isinstance(spec, ExpertRoleSpec):
+                replicas = spec.replicas if count >= 2 else 0
+                changed: Any = replace(spec, count=count, slices=(), replicas=replicas)
+            else:
+                changed = _in_role(name, spec, count)
+            roles = replace(roles, **{name: changed})
+        return replace(self, roles=roles)
+
+
+def _in_role(name: str, spec: RoleSpec, count: int) -> RoleSpec:
+    try:
+        return replace(spec, count=count)
+    except ConfigError as exc:
+        raise ConfigError(f"roles.{name}: {exc.message}") from exc

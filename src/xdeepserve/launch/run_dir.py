@@ -1,0 +1,223 @@
+"""RunDirectory: where one running service keeps its lease, state, locks and sockets.
+
+    xds-<run_id>/            mode 0700
+      lease                  locked by the gateway for its whole life: the run lives as long
+      service.json           what is served; written once by the gateway
+      state.json             latest membership; written by the supervisor
+      supervisor.lock, .sock
+      dp0.lock, dp0.sock, dp0.ctl.sock        per worker: identity, its service, its supervision
+
+The kernel drops a lock when its holder dies, so nothing here can be stale in a harmful way. Shared
+memory of a run is named /dev/shm/xds-<run_id>-*.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import signal
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from xdeepserve import envs
+from xdeepserve.errors import CapacityError, ConfigError
+from xdeepserve.launch.process_identity import ProcessIdentity
+
+SHM_FOLDER: Final = Path("/dev/shm")
+
+_FLOCK: Final = struct.Struct("hhqqi4x")
+_WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+"""struct flock of fcntl(2). Open file description locks: asking who holds one takes none."""
+
+_RUN_NAME: Final = re.compile(r"xds-([0-9a-f]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The folder of one run and the names in it."""
+
+    path: Path
+    run_id: str
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """The run directory at `path`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        named = _RUN_NAME.fullmatch(path.name)
+        if named is None or not path.is_dir():
+            raise ConfigError(f"{path} is no run directory (xds-<run id>)")
+        return cls(path, named.group(1))
+
+    @property
+    def lease_path(self) -> Path:
+        return self.path / "lease"
+
+    @property
+    def service_path(self) -> Path:
+        return self.path / "service.json"
+
+    @property
+    def state_path(self) -> Path:
+        return self.path / "state.json"
+
+    def socket_path(self, name: str) -> Path:
+        """Where process `name` offers its service."""
+        return self.path / f"{name}.sock"
+
+    def control_path(self, name: str) -> Path:
+        """Where worker `name` answers the supervisor."""
+        return self.path / f"{name}.ctl.sock"
+
+    def lock_path(self, name: str) -> Path:
+        """Locked by the one process that is `name`."""
+        return self.path / f"{name}.lock"
+
+    def gateway(self) -> ProcessIdentity | None:
+        """The gateway that holds the lease; None when the run is dead."""
+        return lock_holder(self.lease_path)
+
+    def shared_segments(self) -> list[Path]:
+        """Shared-memory segments of this run."""
+        return sorted(SHM_FOLDER.glob(f"xds-{self.run_id}-*"))
+
+    def write(self, path: Path, message: msgspec.Struct) -> None:
+        """Replace a JSON file of this run in one step."""
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(msgspec.json.encode(message))
+        temporary.rename(path)
+
+    def kill_processes(self) -> None:
+        """Kill the supervisor, then all workers."""
+        locks = sorted(self.path.glob("*.lock"), key=lambda path: path.name != "supervisor.lock")
+        for lock in locks:
+            if (holder := lock_holder(lock)) is not None:
+                holder.kill(signal.SIGKILL)
+
+    def remove(self) -> None:
+        """Unlink the run's shared memory and this folder. Idempotent."""
+        for segment in self.shared_segments():
+            segment.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class NameTaken(CapacityError):
+    """Another process of this run holds the lock."""
+
+
+class IdentityLock:
+    """An exclusive lock on a file that names its holder; held until `release` or death."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock without waiting.
+
+        Raises:
+            NameTaken: another process holds it.
+        """
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise NameTaken(f"{path} is held by another process") from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, msgspec.json.encode(ProcessIdentity.own()), 0)
+
+    def release(self) -> None:
+        """Let go. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def lock_holder(path: Path) -> ProcessIdentity | None:
+    """Who holds an IdentityLock; None when nobody does, or its holder is just taking it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _WHOLE_FILE)
+        if _FLOCK.unpack(answer)[0] == fcntl.F_UNLCK:
+            return None
+        return msgspec.json.decode(os.pread(descriptor, 4096, 0), type=ProcessIdentity)
+    except msgspec.DecodeError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def create_run() -> tuple[RunDirectory, IdentityLock]:
+    """A new run directory in XDEEPSERVE_RUN_DIR and its lease, held by this process.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    base, run_id = envs.RUN_DIR.get(), secrets.token_hex(4)
+    draft = base / f".xds-{run_id}.new"
+    try:
+        draft.mkdir(mode=0o700)
+        lease = IdentityLock(draft / "lease")
+        # Renamed when the lease is held: whoever looks for dead runs never sees it without.
+        path = draft.rename(base / f"xds-{run_id}")
+    except OSError as exc:
+        raise ConfigError(
+            f"no run directory can be made in {base}: {exc.strerror or exc}; set "
+            f"{envs.RUN_DIR.name} to a folder that can be written"
+        ) from exc
+    return RunDirectory(path, run_id), lease
+
+
+def find_runs() -> list[RunDirectory]:
+    """Run directories of this user, living and dead, oldest first."""
+    base = envs.RUN_DIR.get()
+    found = [path for path in base.glob("xds-*") if _RUN_NAME.fullmatch(path.name)]
+    ours = [path for path in found if path.is_dir() and path.stat().st_uid == os.geteuid()]
+    return [RunDirectory.open(path) for path in sorted(ours, key=lambda p: p.stat().st_mtime)]
+
+
+def living_runs() -> list[RunDirectory]:
+    """Runs whose gateway is alive."""
+    return [run for run in find_runs() if run.gateway() is not None]
+
+
+def dead_runs() -> list[RunDirectory]:
+    """Runs whose gateway is gone but whose folder is still there."""
+    return [run for run in find_runs() if run.gateway() is None]
+
+
+def clean_dead_runs() -> list[RunDirectory]:
+    """Kill what is left of dead runs, unlink their shared memory, remove their folders."""
+    dead = dead_runs()
+    for run in dead:
+        run.kill_processes()
+        run.remove()
+    return dead
+
+
+def choose_run(run_id: str | None) -> RunDirectory:
+    """The living run with this id, or the only one.
+
+    Raises:
+        ConfigError: there is none, or several and none was named.
+    """
+    runs = living_runs()
+    ids = ", ".join(run.run_id for run in runs) or "none"
+    if run_id is not None:
+        for run in runs:
+            if run.run_id == run_id:
+                return run
+        raise ConfigError(f"no service with run id {run_id!r} is running here; running: {ids}")
+    if len(runs) != 1:
+        reason = "no disaggregated service is running" if not runs else "several services run"
+        raise ConfigError(f"{reason} here (running: {ids}); name one with --run-id")
+    return runs[0]

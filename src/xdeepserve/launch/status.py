@@ -1,0 +1,81 @@
+"""`xdeepserve status`: the workers of a running service, as a table or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterable
+
+import msgspec
+
+from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.launch.run_dir import choose_run
+from xdeepserve.launch.service import ServiceConfig, load_service
+from xdeepserve.launch.supervisor.client import status_of
+from xdeepserve.launch.supervisor.messages import Member, Status
+from xdeepserve.messages import Heartbeat
+
+COLUMNS = ("WORKER", "ROLE", "STATE", "PID", "INC", "RESTARTS", "UPTIME", "EXPERTS", "LOAD", "NOTE")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run-id", metavar="ID", help="which service, where several run here")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the status; 0 when all workers can serve, 1 when some cannot."""
+    run_dir = choose_run(args.run_id)
+    status = asyncio.run(status_of(run_dir))
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(status)).decode())
+    else:
+        print("\n".join(render(status, load_service(run_dir), SYSTEM_CLOCK.wall())))
+    return 0 if all(member.can_serve for member in status.membership.members) else 1
+
+
+def render(status: Status, service: ServiceConfig, now_s: float) -> list[str]:
+    """The lines of the table, with a header about the run."""
+    membership, slo = status.membership, service.deployment.slo
+    counts = " ".join(f"{role}={count}" for role, count in membership.counts.items())
+    head = (
+        f"run {membership.run_id}  model {service.model_name}  {counts}  "
+        f"epoch {membership.epoch}  supervisor {status.supervisor.pid}  "
+        f"SLO ttft {slo.ttft_ms:g} ms, tpot {slo.tpot_ms:g} ms"
+    )
+    rows = [_row(m, status.heartbeats.get(m.name), now_s) for m in membership.members]
+    return [head, *_align([COLUMNS, *rows])]
+
+
+def _row(member: Member, heartbeat: Heartbeat | None, now_s: float) -> tuple[str, ...]:
+    alive = member.process is not None
+    load = {} if heartbeat is None else heartbeat.load
+    experts = member.spec.experts
+    return (
+        member.name,
+        member.spec.role,
+        member.state.value,
+        str(member.process.pid) if member.process is not None else "-",
+        str(member.incarnation),
+        str(member.num_restarts),
+        _duration(now_s - member.started_at_s) if alive else "-",
+        "-" if experts is None else f"{experts[0]}-{experts[1] - 1}",
+        " ".join(f"{name}={value:g}" for name, value in load.items()) or "-",
+        member.reason or "-",
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def _align(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]

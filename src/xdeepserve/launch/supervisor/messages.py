@@ -1,0 +1,143 @@
+"""What the supervisor knows and tells: membership, and the requests its socket understands."""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+
+from xdeepserve.errors import EngineDeadError
+from xdeepserve.launch.plan import WorkerSpec
+from xdeepserve.launch.process_identity import ProcessIdentity
+from xdeepserve.messages import Heartbeat
+
+SUPERVISOR_NAME: Final = "supervisor"
+"""Of its socket and lock file."""
+
+
+class WorkerState(enum.StrEnum):
+    """State of one worker; drawn in docs/design/supervisor.md."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    """Lives, but its loop makes no progress for a while: a long step, or waiting for others."""
+    FROZEN = "frozen"
+    """Stopped, or neither answers nor uses CPU; killed when it lasts."""
+    DRAINING = "draining"
+    """Takes nothing new and ends when its work is done."""
+    BACKOFF = "backoff"
+    """Ended; started again after a wait."""
+    FAILED = "failed"
+    """Crashed too often; started again only by the next `scale`."""
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker of a membership.
+
+    Attributes:
+        spec: which worker it is.
+        state: see WorkerState.
+        incarnation: counts its starts in this run, from 1; a higher one is another process.
+        num_restarts: starts after a crash or kill.
+        socket: where it offers its service.
+        process: while it lives.
+        started_at_s: wall clock of its latest start.
+        reason: why it is not ready, or why its previous incarnation ended.
+    """
+
+    spec: WorkerSpec
+    state: WorkerState
+    incarnation: int
+    num_restarts: int
+    socket: str
+    process: ProcessIdentity | None = None
+    started_at_s: float = 0.0
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether new work may be sent to it."""
+        return self.state in (WorkerState.READY, WorkerState.BUSY)
+
+
+class Membership(msgspec.Struct, frozen=True, kw_only=True, tag="membership"):
+    """All workers at one moment. A later one has a higher epoch, across supervisors too."""
+
+    epoch: int
+    run_id: str
+    counts: dict[str, int]
+    members: tuple[Member, ...]
+
+    def find(self, name: str) -> Member | None:
+        """The member of that name."""
+        return next((member for member in self.members if member.name == name), None)
+
+    def is_settled(self) -> bool:
+        """Whether exactly the wanted workers are there and serve.
+
+        Raises:
+            EngineDeadError: a worker crashed too often.
+        """
+        for member in self.members:
+            if member.state is WorkerState.FAILED:
+                raise EngineDeadError(f"worker {member.name} does not start: {member.reason}")
+        is_complete = len(self.members) == sum(self.counts.values())
+        return is_complete and all(member.can_serve for member in self.members)
+
+
+class SavedState(msgspec.Struct, frozen=True, kw_only=True):
+    """Contents of state.json: what the next supervisor must know.
+
+    Attributes:
+        membership: the latest.
+        incarnations: latest of every worker that ever was, so that none is used twice.
+    """
+
+    membership: Membership
+    incarnations: dict[str, int]
+
+
+class Subscribe(msgspec.Struct, frozen=True, tag="subscribe"):
+    """Answered with the current Membership and then each new one.
+
+    A slow reader may miss some in between.
+    """
+
+
+class GetStatus(msgspec.Struct, frozen=True, tag="get_status"):
+    """Answered with a Status."""
+
+
+class Scale(msgspec.Struct, frozen=True, tag="scale"):
+    """Run that many workers of each named role; answered with the Membership that begins it."""
+
+    counts: dict[str, int]
+
+
+class StopAll(msgspec.Struct, frozen=True, tag="stop_all"):
+    """Drain and end all workers, then the supervisor, with exit code 0. Answered when begun."""
+
+    drain_timeout_s: float
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
+    """Membership and what else an operator wants to know.
+
+    Attributes:
+        supervisor: its process.
+        heartbeats: latest of each worker that has sent one, by name.
+    """
+
+    membership: Membership
+    supervisor: ProcessIdentity
+    heartbeats: dict[str, Heartbeat]
+
+
+SupervisorRequest = Subscribe | GetStatus | Scale | StopAll
+SupervisorReply = Membership | Status

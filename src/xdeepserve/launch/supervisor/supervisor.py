@@ -1,0 +1,235 @@
+"""Supervisor: the workers that should run, the slots that keep them running, and who is told.
+
+    Scale -> plan -> slots (one task each) -> on_change -> epoch + 1 -> state.json, subscribers
+
+Thread: one event loop. The state file always holds the membership that was published last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator, Awaitable
+
+import msgspec
+
+from xdeepserve.control import ControlServer, Peer
+from xdeepserve.errors import CapacityError
+from xdeepserve.launch.plan import WorkerSpec, resolve
+from xdeepserve.launch.process_identity import ProcessIdentity
+from xdeepserve.launch.run_dir import RunDirectory
+from xdeepserve.launch.service import ServiceConfig
+from xdeepserve.launch.supervisor.messages import (
+    SUPERVISOR_NAME,
+    GetStatus,
+    Member,
+    Membership,
+    SavedState,
+    Scale,
+    Status,
+    StopAll,
+    Subscribe,
+    SupervisorReply,
+    SupervisorRequest,
+    WorkerState,
+)
+from xdeepserve.launch.supervisor.worker_slot import WorkerSlot
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """Supervises the workers of one run; `run` until it is stopped or cancelled."""
+
+    def __init__(self, run: RunDirectory, service: ServiceConfig) -> None:
+        self._run = run
+        self._service = service
+        self._config = service.deployment.supervision
+        self._slots: dict[str, WorkerSlot] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._incarnations: dict[str, int] = {}
+        self._wanted: dict[str, WorkerSpec] = {}
+        self._counts: dict[str, int] = {}
+        self._membership = Membership(epoch=0, run_id=run.run_id, counts={}, members=())
+        self._published = asyncio.Event()
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stops: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Start or adopt the workers, then serve until all are stopped.
+
+        Cancelled, it lets go of the workers, which go on.
+
+        Raises:
+            ConfigError: the plan cannot be resolved on this machine.
+        """
+        server = ControlServer(
+            self._run.socket_path(SUPERVISOR_NAME), self._answer, requests=SupervisorRequest
+        )
+        try:
+            self._restore()
+            await server.start()
+            await self._ended
+        finally:
+            await server.close()
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def begin_stop(self, *, drain_timeout_s: float) -> Membership:
+        """Begin to end all workers; `run` returns when they have.
+
+        Args:
+            drain_timeout_s: 0 = without draining, and killed if they do not obey.
+        """
+        self._stops.append(asyncio.create_task(self._stop(drain_timeout_s)))
+        return self._membership
+
+    async def _stop(self, drain_timeout_s: float) -> None:
+        self._wanted = {}
+        for slot in self._slots.values():
+            slot.leave(drain_timeout_s=drain_timeout_s)
+        if self._tasks and drain_timeout_s == 0:
+            await asyncio.wait(self._tasks.values(), timeout=self._config.stop_timeout_s)
+            for slot in self._slots.values():
+                slot.kill()  # Those that drain since before.
+        while self._tasks:
+            await asyncio.wait(self._tasks.values())
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+    # -- what should run ------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Take over from the state file, or begin with the deployment's counts."""
+        saved = self._load_state()
+        deployment = self._service.deployment
+        if saved is not None:
+            self._membership = saved.membership
+            self._incarnations = dict(saved.incarnations)
+            deployment = deployment.with_counts(saved.membership.counts)
+        self._adopt_plan(deployment.counts())
+        for member in self._membership.members:
+            self._start_slot(member)
+        self._reconcile()
+        self._publish()
+
+    def _load_state(self) -> SavedState | None:
+        try:
+            data = self._run.state_path.read_bytes()
+            return msgspec.json.decode(data, type=SavedState)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError as exc:
+            # The lock files still tell which workers run.
+            logger.error("%s is damaged (%s); starting over", self._run.state_path, exc)
+            return None
+
+    def _adopt_plan(self, counts: dict[str, int]) -> None:
+        """Want the workers of these counts; raises ConfigError and changes nothing if wrong."""
+        deployment = self._service.deployment.with_counts(counts)
+        usable = os.sched_getaffinity(0)
+        plan = resolve(deployment, self._service.shape, usable_cores=usable)
+        self._wanted = {spec.name: spec for spec in plan.workers}
+        self._counts = plan.counts()
+
+    def _reconcile(self) -> None:
+        """Start what is missing, let go what is not wanted."""
+        for name, slot in self._slots.items():
+            if name in self._wanted:
+                slot.update_spec(self._wanted[name])
+            else:
+                slot.leave(drain_timeout_s=self._config.drain_timeout_s)
+        for name, spec in self._wanted.items():
+            if name not in self._slots:
+                self._start_slot(self._new_member(spec))
+
+    def _new_member(self, spec: WorkerSpec) -> Member:
+        return Member(
+            spec=spec,
+            state=WorkerState.STARTING,
+            incarnation=self._incarnations.get(spec.name, 0),
+            num_restarts=0,
+            socket=str(self._run.socket_path(spec.name)),
+        )
+
+    def _start_slot(self, member: Member) -> None:
+        name = member.name
+        slot = WorkerSlot(member, run=self._run, config=self._config, on_change=self._publish)
+        self._slots[name] = slot
+        task = self._tasks[name] = asyncio.create_task(slot.run(), name=name)
+        task.add_done_callback(lambda task: self._on_slot_end(name, task))
+
+    def _on_slot_end(self, name: str, task: asyncio.Task[None]) -> None:
+        """A worker has left: forget it, and start it anew if it is wanted again by now."""
+        if task.cancelled():
+            return
+        del self._slots[name], self._tasks[name]
+        if (error := task.exception()) is not None:
+            # A bug of ours. A new supervisor adopts the workers and goes on.
+            if not self._ended.done():
+                self._ended.set_exception(error)
+            return
+        self._reconcile()
+        self._publish()
+
+    # -- who is told ----------------------------------------------------------------------------
+
+    def _publish(self) -> None:
+        """The next epoch: into the state file first, then to the subscribers."""
+        members = tuple(slot.member for slot in self._slots.values())
+        for member in members:
+            self._incarnations[member.name] = member.incarnation
+        self._membership = Membership(
+            epoch=self._membership.epoch + 1,
+            run_id=self._run.run_id,
+            counts=self._counts,
+            members=tuple(sorted(members, key=lambda m: (m.spec.role, m.spec.rank))),
+        )
+        state = SavedState(membership=self._membership, incarnations=self._incarnations)
+        self._run.write(self._run.state_path, state)
+        self._published.set()
+        self._published = asyncio.Event()
+
+    async def _subscribe(self) -> AsyncGenerator[SupervisorReply, None]:
+        while True:
+            published = self._published
+            yield self._membership
+            await published.wait()
+
+    def _answer(
+        self, request: SupervisorRequest, peer: Peer
+    ) -> Awaitable[SupervisorReply] | AsyncGenerator[SupervisorReply, None]:
+        match request:
+            case Subscribe():
+                return self._subscribe()
+            case GetStatus():
+                return self._status()
+            case Scale(counts):
+                return self._scale(counts)
+            case StopAll(drain_timeout_s):
+                return self._stop_all(drain_timeout_s)
+
+    async def _status(self) -> Status:
+        beats = {name: slot.heartbeat for name, slot in self._slots.items()}
+        return Status(
+            membership=self._membership,
+            supervisor=ProcessIdentity.own(),
+            heartbeats={name: beat for name, beat in beats.items() if beat is not None},
+        )
+
+    async def _stop_all(self, drain_timeout_s: float) -> Membership:
+        return self.begin_stop(drain_timeout_s=drain_timeout_s)
+
+    async def _scale(self, counts: dict[str, int]) -> Membership:
+        if self._stops:
+            raise CapacityError("the service is stopping; it cannot be scaled")
+        self._adopt_plan({**self._counts, **counts})
+        logger.info("scaling to %s", self._counts)
+        for name in self._wanted:
+            if (slot := self._slots.get(name)) is not None:
+                slot.retry()
+        self._reconcile()
+        self._publish()
+        return self._membership

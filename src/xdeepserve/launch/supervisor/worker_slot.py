@@ -1,0 +1,264 @@
+"""WorkerSlot: keeps one named worker running: start or adopt, watch, restart, drain.
+
+spawn/adopt -> STARTING -> READY <-> BUSY, FROZEN --lost: SIGKILL--+
+    ^                        |                                     v
+    |                        +-- leave: DRAINING -> SIGTERM -> SIGKILL -> gone
+    +---- BACKOFF <---- ended by itself, killed by us or by others
+             +-- crash-loop limit: FAILED --retry--> spawn
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.control import ControlClient
+from xdeepserve.errors import XDeepServeError
+from xdeepserve.launch.deployment import SupervisionConfig
+from xdeepserve.launch.plan import WorkerSpec
+from xdeepserve.launch.process_identity import ProcessIdentity
+from xdeepserve.launch.run_dir import RunDirectory, lock_holder
+from xdeepserve.launch.supervisor.child import Child, describe_exit
+from xdeepserve.launch.supervisor.health import HealthTracker, Observation
+from xdeepserve.launch.supervisor.messages import Member, WorkerState
+from xdeepserve.launch.supervisor.restart_policy import RestartPolicy
+from xdeepserve.launch.worker.exit_codes import EXIT_NAME_TAKEN
+from xdeepserve.launch.worker.messages import Drain, GetHeartbeat, HeartbeatReply, WorkerReply
+from xdeepserve.messages import Heartbeat
+
+logger = logging.getLogger(__name__)
+
+WORKER_MODULE: Final = "xdeepserve.launch.worker"
+
+START_POLL_S: Final = 0.05
+"""Between two questions whether a worker is ready."""
+
+
+class WorkerSlot:
+    """One worker by name. `run` in a task of its own; the other methods from the same loop."""
+
+    def __init__(
+        self,
+        member: Member,
+        *,
+        run: RunDirectory,
+        config: SupervisionConfig,
+        on_change: Callable[[], None],
+    ) -> None:
+        """Make a slot; `run` starts or adopts its worker.
+
+        Args:
+            member: what is known: of a new worker its spec and latest incarnation, of a running one
+                also its process.
+            on_change: called whenever `member` has changed.
+        """
+        self.member = member
+        self.heartbeat: Heartbeat | None = None
+        self._run = run
+        self._config = config
+        self._on_change = on_change
+        self._policy = RestartPolicy(config)
+        self._child: Child | None = None
+        self._client: ControlClient | None = None
+        self._leave = asyncio.Event()
+        self._retry = asyncio.Event()
+        self._drain_timeout_s = 0.0
+        self._lost_reason: str | None = None
+
+    def update_spec(self, spec: WorkerSpec) -> None:
+        """Take note of a new plan; the running process is not disturbed."""
+        if spec != self.member.spec:
+            self.member = msgspec.structs.replace(self.member, spec=spec)
+
+    def leave(self, *, drain_timeout_s: float) -> None:
+        """Let the worker end; `run` returns when it has. 0 = without draining."""
+        if not self._leave.is_set():
+            self._drain_timeout_s = drain_timeout_s
+            self._leave.set()
+
+    def retry(self) -> None:
+        """Start a FAILED worker again."""
+        self._retry.set()
+
+    def kill(self) -> None:
+        """End the process now."""
+        if self._child is not None:
+            self._child.send_signal(signal.SIGKILL)
+
+    async def run(self) -> None:
+        """Keep the worker running until `leave`. Cancelled, it lets go of the process."""
+        child = self._adopt(self.member.process)
+        try:
+            while child is not None or not self._leave.is_set():
+                child = self._child = child or self._spawn()
+                code = await self._watch(child)
+                child = self._child = None
+                if code == EXIT_NAME_TAKEN:
+                    child = self._adopt(None)
+                elif not self._leave.is_set():
+                    await self._back_off(code)
+        finally:
+            await self._disconnect()
+            if self._child is not None:
+                self._child.forget()
+
+    # -- starting and ending --------------------------------------------------------------------
+
+    def _spawn(self) -> Child:
+        incarnation = self.member.incarnation + 1
+        spec = msgspec.json.encode(self.member.spec).decode()
+        command = [sys.executable, "-m", WORKER_MODULE, str(self._run.path), spec, str(incarnation)]
+        child = Child.spawn(command)
+        self._set(
+            WorkerState.STARTING,
+            incarnation=incarnation,
+            process=child.identity,
+            started_at_s=SYSTEM_CLOCK.wall(),
+        )
+        return child
+
+    def _adopt(self, recorded: ProcessIdentity | None) -> Child | None:
+        """The process that has this name already: as recorded, else as its lock file says."""
+        child = None if recorded is None else Child.adopt(recorded)
+        if child is None:
+            holder = lock_holder(self._run.lock_path(self.member.name))
+            child = None if holder is None else Child.adopt(holder)
+        if child is None:
+            return None
+        logger.info("%s runs already as process %d", self.member.name, child.identity.pid)
+        if child.identity != recorded:
+            self._set(WorkerState.STARTING, process=child.identity)
+        return child
+
+    async def _back_off(self, code: int | None) -> None:
+        """Wait before the next start: for a while, or after too many crashes for `retry`."""
+        reason = self._lost_reason or describe_exit(code)
+        wait_s = self._policy.next_wait_s(SYSTEM_CLOCK.monotonic())
+        logger.warning("%s: %s; next start in %s s", self.member.name, reason, wait_s)
+        self.heartbeat = None
+        state = WorkerState.FAILED if wait_s is None else WorkerState.BACKOFF
+        num_restarts = self.member.num_restarts + 1
+        self._set(state, process=None, reason=reason, num_restarts=num_restarts)
+        self._retry.clear()
+        await self._first_of(self._leave, self._retry, timeout_s=wait_s)
+        if self._retry.is_set():
+            self._policy.forget()
+
+    async def _end(self, child: Child) -> None:
+        """Drain, SIGTERM, SIGKILL: each has its time."""
+        self._set(WorkerState.DRAINING)
+        if self._drain_timeout_s > 0 and await self._answers():
+            await self._ask(Drain(self._drain_timeout_s), self._drain_timeout_s + 1.0)
+            if await child.wait(timeout_s=self._config.stop_timeout_s):
+                return
+        child.send_signal(signal.SIGTERM)
+        if not await child.wait(timeout_s=self._config.stop_timeout_s):
+            logger.warning("%s did not end after SIGTERM; killing it", self.member.name)
+            child.send_signal(signal.SIGKILL)
+            await child.exited
+
+    # -- watching -------------------------------------------------------------------------------
+
+    async def _watch(self, child: Child) -> int | None:
+        """Observe the process until it has ended; returns its exit code."""
+        await self._disconnect()
+        self._lost_reason = None
+        started_s, interval_s = SYSTEM_CLOCK.monotonic(), self._config.heartbeat_interval_s
+        health: HealthTracker | None = None
+        while not await self._ended(child, START_POLL_S if health is None else interval_s):
+            reply = await self._ask(GetHeartbeat(), 2 * interval_s)
+            now_s = SYSTEM_CLOCK.monotonic()
+            if health is not None:
+                self._observe(child, health, reply, now_s)
+            elif isinstance(reply, HeartbeatReply) and reply.is_ready:
+                health = HealthTracker(self._config, now_s)
+                self._become_ready(reply)
+            elif now_s - started_s > self._config.start_timeout_s:
+                self._lose(child, f"not ready after {self._config.start_timeout_s:g} s")
+        return child.exited.result()
+
+    async def _ended(self, child: Child, interval_s: float) -> bool:
+        """Wait between two heartbeats, or end the process when it is to leave."""
+        leave = asyncio.create_task(self._leave.wait())
+        waits: set[asyncio.Future[Any]] = {child.exited, leave}
+        await asyncio.wait(waits, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
+        leave.cancel()
+        if self._leave.is_set() and not child.exited.done():
+            await self._end(child)
+        return child.exited.done()
+
+    def _become_ready(self, reply: HeartbeatReply) -> None:
+        self.heartbeat = reply.heartbeat
+        incarnation = max(reply.incarnation, self.member.incarnation)
+        self._set(WorkerState.READY, incarnation=incarnation, reason="")
+
+    def _observe(
+        self, child: Child, health: HealthTracker, reply: WorkerReply | None, now_s: float
+    ) -> None:
+        sample = child.sample()
+        if sample is None or sample.is_dead:
+            return  # The next round sees its end.
+        if isinstance(reply, HeartbeatReply):
+            self.heartbeat = reply.heartbeat
+        state = health.observe(
+            Observation(
+                now_s=now_s,
+                heartbeat=reply.heartbeat if isinstance(reply, HeartbeatReply) else None,
+                cpu_s=sample.cpu_s,
+                is_stopped=sample.is_stopped,
+            )
+        )
+        if health.is_lost:
+            self._lose(child, f"{state} for too long")
+        else:
+            self._set(state)
+
+    def _lose(self, child: Child, reason: str) -> None:
+        logger.warning("%s: %s; killing process %d", self.member.name, reason, child.identity.pid)
+        self._lost_reason = reason
+        self._set(WorkerState.FROZEN, reason=reason)
+        child.send_signal(signal.SIGKILL)
+
+    async def _ask(self, request: GetHeartbeat | Drain, timeout_s: float) -> WorkerReply | None:
+        """Call the worker; None when it does not answer."""
+        try:
+            if self._client is None:
+                path = self._run.control_path(self.member.name)
+                self._client = await ControlClient.connect(
+                    path, replies=WorkerReply, timeout_s=timeout_s
+                )
+            reply: WorkerReply = await self._client.call(request, timeout_s=timeout_s)
+            return reply
+        except XDeepServeError as exc:
+            logger.debug("%s: %s", self.member.name, exc.message)
+            if self._client is not None and not self._client.is_connected:
+                await self._disconnect()
+            return None
+
+    async def _answers(self) -> bool:
+        return await self._ask(GetHeartbeat(), self._config.freeze_timeout_s) is not None
+
+    async def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    def _set(self, state: WorkerState, **changes: object) -> None:
+        changed = msgspec.structs.replace(self.member, state=state, **changes)
+        if changed != self.member:
+            self.member = changed
+            self._on_change()
+
+    @staticmethod
+    async def _first_of(*events: asyncio.Event, timeout_s: float | None) -> None:
+        tasks = {asyncio.create_task(event.wait()) for event in events}
+        await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,135 @@
+"""Run directories: lease, identity locks, choice of a run, cleaning what dead runs leave."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from xdeepserve import envs
+from xdeepserve.errors import ConfigError
+from xdeepserve.launch.process_identity import ProcessIdentity, sample_process
+from xdeepserve.launch.run_dir import (
+    SHM_FOLDER,
+    IdentityLock,
+    NameTaken,
+    RunDirectory,
+    choose_run,
+    clean_dead_runs,
+    create_run,
+    find_runs,
+    living_runs,
+    lock_holder,
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path) -> Iterator[Path]:
+    with envs.RUN_DIR.override(str(tmp_path)):
+        yield tmp_path
+
+
+def test_a_run_lives_as_long_as_its_lease() -> None:
+    run, lease = create_run()
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+    assert run.gateway() == ProcessIdentity.own()
+    assert living_runs() == [run] == [choose_run(None)] == [choose_run(run.run_id)]
+    lease.release()
+    lease.release()
+    assert run.gateway() is None
+    assert (living_runs(), find_runs()) == ([], [run])
+    run.remove()
+
+
+def test_a_lock_has_one_holder(folder: Path) -> None:
+    path = folder / "dp0.lock"
+    assert lock_holder(path) is None
+    lock = IdentityLock(path)
+    with pytest.raises(NameTaken, match=r"dp0\.lock is held"):
+        IdentityLock(path)
+    assert lock_holder(path) == ProcessIdentity.own()
+    lock.release()
+    assert lock_holder(path) is None
+    IdentityLock(path).release()
+
+
+def test_cleaning_spares_the_living() -> None:
+    living, lease = create_run()
+    dead, dead_lease = create_run()
+    segments = [SHM_FOLDER / f"xds-{run.run_id}-test" for run in (living, dead)]
+    for segment in segments:
+        segment.touch()
+    dead_lease.release()
+    assert clean_dead_runs() == [dead]
+    assert [segment.exists() for segment in segments] == [True, False]
+    assert find_runs() == [living]
+    lease.release()
+    living.remove()
+    assert not segments[0].exists()
+
+
+def test_choice_among_runs() -> None:
+    with pytest.raises(ConfigError, match="no disaggregated service is running"):
+        choose_run(None)
+    (first, lease1), (second, lease2) = create_run(), create_run()
+    with pytest.raises(ConfigError, match="name one with --run-id"):
+        choose_run(None)
+    assert choose_run(second.run_id) == second
+    with pytest.raises(ConfigError, match=f"'nope' is running here; running: .*{first.run_id}"):
+        choose_run("nope")
+    for run, lease in ((first, lease1), (second, lease2)):
+        lease.release()
+        run.remove()
+
+
+def test_foreign_folders_are_no_runs(folder: Path) -> None:
+    for name in ("xds-1234", "xds-zzzzzzzz", "xds-12345678.old"):
+        (folder / name).mkdir()
+    (folder / "xds-12345678").touch()
+    assert find_runs() == []
+    for name in ("xds-1234", "xds-12345678", "missing"):
+        with pytest.raises(ConfigError, match="is no run directory"):
+            RunDirectory.open(folder / name)
+
+
+def test_a_folder_that_cannot_be_written(folder: Path) -> None:
+    with (
+        envs.RUN_DIR.override(str(folder / "missing")),
+        pytest.raises(ConfigError, match="set XDEEPSERVE_RUN_DIR"),
+    ):
+        create_run()
+
+
+class _State(msgspec.Struct):
+    value: int
+
+
+def test_files_are_replaced_in_one_step() -> None:
+    run, lease = create_run()
+    run.write(run.state_path, _State(1))
+    with run.state_path.open("rb") as before:
+        run.write(run.state_path, _State(2))
+        assert before.read() == b'{"value":1}'
+    assert run.state_path.read_bytes() == b'{"value":2}'
+    assert {path.name for path in run.path.iterdir()} == {"lease", "state.json"}
+    lease.release()
+    run.remove()
+
+
+def test_identity_survives_reuse_of_a_pid() -> None:
+    own = ProcessIdentity.own()
+    assert own.is_alive()
+    former = ProcessIdentity(own.pid, own.start_time - 1)
+    assert not former.is_alive()
+    assert former.open_pidfd() is None
+    pidfd = own.open_pidfd()
+    assert pidfd is not None
+    os.close(pidfd)
+    sample = sample_process(own.pid)
+    assert sample is not None
+    assert not sample.is_stopped
+    assert sample_process(2**22 + 1) is None
