@@ -162,6 +162,21 @@ async def test_frozen_worker_is_drained_by_force() -> None:
         await running.until(is_settled("dp0"))
 
 
+async def test_scale_while_the_supervisor_is_restarted() -> None:
+    async with running_cluster(attention=1) as running:
+        os.kill(running.cluster.supervisor_pid, signal.SIGKILL)
+        await running.cluster.scale({"expert": 2})
+        await running.until(is_settled("dp0", "expert0", "expert1"))
+
+
+async def test_worker_stopped_while_it_starts() -> None:
+    async with running_cluster(attention=1, freeze_timeout_s=0.5) as running:
+        running.kill("dp0")
+        await running.until(is_in("dp0", WorkerState.STARTING, 2))
+        running.kill("dp0", signal.SIGSTOP)
+        await running.until(is_in("dp0", WorkerState.READY, 3))
+
+
 async def test_scale_refuses_nonsense() -> None:
     async with running_cluster(attention=1, expert=1) as running:
         epoch = running.membership.epoch

@@ -104,7 +104,7 @@ class Cluster:
 
         Raises:
             ConfigError: unknown role, or counts the model or machine does not allow.
-            ConnectionLost: the supervisor is being restarted; try again.
+            ConnectionLost: there is no supervisor, also not after a while.
         """
         return await scale_run(self.run, counts)
 
@@ -112,7 +112,7 @@ class Cluster:
         """Membership, and the latest heartbeats.
 
         Raises:
-            ConnectionLost: the supervisor is being restarted; try again.
+            ConnectionLost: there is no supervisor, also not after a while.
         """
         return await status_of(self.run)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Any, Final
 
+from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.control import ControlClient
+from xdeepserve.errors import ConnectionLost
 from xdeepserve.launch.run_dir import RunDirectory
 from xdeepserve.launch.supervisor.messages import (
     SUPERVISOR_NAME,
@@ -19,6 +22,8 @@ from xdeepserve.launch.supervisor.messages import (
 
 CONNECT_TIMEOUT_S: Final = 2.0
 CALL_TIMEOUT_S: Final = 10.0
+RESTART_TIMEOUT_S: Final = 5.0
+RETRY_S: Final = 0.05
 
 
 @asynccontextmanager
@@ -39,10 +44,13 @@ async def connect_supervisor(run: RunDirectory) -> AsyncIterator[ControlClient]:
 
 
 async def status_of(run: RunDirectory) -> Status:
-    """Membership and heartbeats; errors as `connect_supervisor`."""
-    async with connect_supervisor(run) as client:
-        status: Status = await client.call(GetStatus(), timeout_s=CALL_TIMEOUT_S)
-        return status
+    """Membership and heartbeats.
+
+    Raises:
+        ConnectionLost, DeadlineExceeded: there is no supervisor, also not after a while.
+    """
+    status: Status = await _call(run, GetStatus())
+    return status
 
 
 async def scale_run(run: RunDirectory, counts: Mapping[str, int]) -> Membership:
@@ -50,8 +58,20 @@ async def scale_run(run: RunDirectory, counts: Mapping[str, int]) -> Membership:
 
     Raises:
         ConfigError: the supervisor refuses the counts.
-        ConnectionLost, DeadlineExceeded: as `connect_supervisor`.
+        ConnectionLost, DeadlineExceeded: there is no supervisor, also not after a while.
     """
-    async with connect_supervisor(run) as client:
-        membership: Membership = await client.call(Scale(dict(counts)), timeout_s=CALL_TIMEOUT_S)
-        return membership
+    membership: Membership = await _call(run, Scale(dict(counts)))
+    return membership
+
+
+async def _call(run: RunDirectory, request: GetStatus | Scale) -> Any:
+    """Call the supervisor, or the next one if it is just being restarted; both calls may repeat."""
+    deadline_s = SYSTEM_CLOCK.monotonic() + RESTART_TIMEOUT_S
+    while True:
+        try:
+            async with connect_supervisor(run) as client:
+                return await client.call(request, timeout_s=CALL_TIMEOUT_S)
+        except ConnectionLost:
+            if SYSTEM_CLOCK.monotonic() > deadline_s:
+                raise
+        await asyncio.sleep(RETRY_S)

@@ -40,6 +40,9 @@ WORKER_MODULE: Final = "xdeepserve.launch.worker"
 START_POLL_S: Final = 0.05
 """Between two questions whether a worker is ready."""
 
+STARTING_BEAT: Final = Heartbeat(progress=0, is_idle=True)
+"""A worker that starts need not answer yet, unless it is stopped."""
+
 
 class WorkerSlot:
     """One worker by name. `run` in a task of its own; the other methods from the same loop."""
@@ -71,6 +74,7 @@ class WorkerSlot:
         self._retry = asyncio.Event()
         self._drain_timeout_s = 0.0
         self._lost_reason: str | None = None
+        self._has_started = False
 
     def update_spec(self, spec: WorkerSpec) -> None:
         """Take note of a new plan; the running process is not disturbed."""
@@ -116,6 +120,7 @@ class WorkerSlot:
         spec = msgspec.json.encode(self.member.spec).decode()
         command = [sys.executable, "-m", WORKER_MODULE, str(self._run.path), spec, str(incarnation)]
         child = Child.spawn(command)
+        self._has_started = False
         self._set(
             WorkerState.STARTING,
             incarnation=incarnation,
@@ -133,7 +138,10 @@ class WorkerSlot:
         if child is None:
             return None
         logger.info("%s runs already as process %d", self.member.name, child.identity.pid)
-        if child.identity != recorded:
+        if child.identity == recorded:
+            self._has_started = self.member.state is not WorkerState.STARTING
+        else:
+            self._has_started = False
             self._set(WorkerState.STARTING, process=child.identity)
         return child
 
@@ -171,16 +179,14 @@ class WorkerSlot:
         await self._disconnect()
         self._lost_reason = None
         started_s, interval_s = SYSTEM_CLOCK.monotonic(), self._config.heartbeat_interval_s
-        health: HealthTracker | None = None
-        while not await self._ended(child, START_POLL_S if health is None else interval_s):
+        health = HealthTracker(self._config, started_s)
+        while not await self._ended(child, interval_s if self._has_started else START_POLL_S):
             reply = await self._ask(GetHeartbeat(), 2 * interval_s)
             now_s = SYSTEM_CLOCK.monotonic()
-            if health is not None:
-                self._observe(child, health, reply, now_s)
-            elif isinstance(reply, HeartbeatReply) and reply.is_ready:
-                health = HealthTracker(self._config, now_s)
+            if not self._has_started and isinstance(reply, HeartbeatReply) and reply.is_ready:
                 self._become_ready(reply)
-            elif now_s - started_s > self._config.start_timeout_s:
+            self._observe(child, health, reply, now_s)
+            if not self._has_started and now_s - started_s > self._config.start_timeout_s:
                 self._lose(child, f"not ready after {self._config.start_timeout_s:g} s")
         return child.exited.result()
 
@@ -195,7 +201,7 @@ class WorkerSlot:
         return child.exited.done()
 
     def _become_ready(self, reply: HeartbeatReply) -> None:
-        self.heartbeat = reply.heartbeat
+        self._has_started = True
         incarnation = max(reply.incarnation, self.member.incarnation)
         self._set(WorkerState.READY, incarnation=incarnation, reason="")
 
@@ -205,20 +211,21 @@ class WorkerSlot:
         sample = child.sample()
         if sample is None or sample.is_dead:
             return  # The next round sees its end.
-        if isinstance(reply, HeartbeatReply):
-            self.heartbeat = reply.heartbeat
+        beat = reply.heartbeat if isinstance(reply, HeartbeatReply) else None
+        self.heartbeat = beat or self.heartbeat
+        if beat is None and not self._has_started and not sample.is_stopped:
+            beat = STARTING_BEAT
         state = health.observe(
             Observation(
-                now_s=now_s,
-                heartbeat=reply.heartbeat if isinstance(reply, HeartbeatReply) else None,
-                cpu_s=sample.cpu_s,
-                is_stopped=sample.is_stopped,
+                now_s=now_s, heartbeat=beat, cpu_s=sample.cpu_s, is_stopped=sample.is_stopped
             )
         )
         if health.is_lost:
             self._lose(child, f"{state} for too long")
-        else:
+        elif self._has_started or state is WorkerState.FROZEN:
             self._set(state)
+        else:
+            self._set(WorkerState.STARTING)
 
     def _lose(self, child: Child, reason: str) -> None:
         logger.warning("%s: %s; killing process %d", self.member.name, reason, child.identity.pid)
