@@ -15,6 +15,8 @@ from xdeepserve.models.decoder import Model
 from xdeepserve.models.loader import load_model
 from xdeepserve.ops import WeightDtype, get_ops
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -45,6 +47,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
     path = store.resolve(args.model, progress=progress)
     ops = get_ops(config.backend, num_threads=config.num_threads)
     dtype = WeightDtype(config.weight_dtype)
+    logger.info("loading %s in %s", path, dtype)
     model = load_model(path, dtype=dtype, ops=ops, progress=progress)
     return LoadedModel(path.name, model, store.tokenizer_folder(path))
 
