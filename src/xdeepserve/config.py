@@ -72,7 +72,7 @@ class EngineConfig:
     block_size: int = option(16, "Tokens per KV block.")
     kv_cache_bytes: int = option(1 << 30, "Bytes of KV cache; decides the number of blocks.")
     num_kv_blocks: int = option(0, "Number of KV blocks; 0 = from kv_cache_bytes.")
-    prefix_caching: bool = option(True, "Reuse KV of equal prompt prefixes of one tenant.")
+    prefix_caching: bool = option(True, "Reuse KV of equal prompt prefixes of one cache salt.")
 
     def __post_init__(self) -> None:
         _require_positive(

@@ -93,6 +93,7 @@ class Gateway:
             stops=StopAutomaton(stops) if stops else None,
             include_stop=fields.include_stop_str_in_output,
             skip_special_tokens=fields.skip_special_tokens,
+            min_tokens=fields.min_tokens or 0,
         )
 
     def envelope(self, request_id: str, kind: str) -> Envelope:

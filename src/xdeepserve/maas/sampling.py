@@ -28,6 +28,10 @@ _UNSUPPORTED = (
 )  # fmt: skip
 MAX_LOGIT_BIAS = 100.0
 
+MAX_SALT_LENGTH = 256
+MAX_SEQUENCES = 256
+"""Most prompts times choices of one request; a quarter of the default waiting queue."""
+
 
 def sampling_params(
     fields: GenerationFields,
@@ -80,6 +84,36 @@ def choice_seed(seed: int, index: int) -> int:
         return seed
     key = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def cache_salt(salt: str | None) -> str:
+    """The request's own prefix-cache salt; without one, prefixes are shared by all who name none.
+
+    Raises:
+        RequestError: empty or too long.
+    """
+    if salt is None:
+        return ""
+    if not 1 <= len(salt) <= MAX_SALT_LENGTH:
+        raise RequestError(
+            f"cache_salt has {len(salt)} characters; between 1 and {MAX_SALT_LENGTH} are allowed",
+            param="cache_salt",
+        )
+    return salt
+
+
+def check_num_sequences(num_prompts: int, num_choices: int) -> None:
+    """Keep one request from filling the engine's queue.
+
+    Raises:
+        RequestError: too many prompts times choices.
+    """
+    if num_prompts * num_choices > MAX_SEQUENCES:
+        raise RequestError(
+            f"{num_prompts} prompts with n={num_choices} are {num_prompts * num_choices} "
+            f"sequences; the limit is {MAX_SEQUENCES}; send several requests",
+            param="n",
+        )
 
 
 def stop_list(stop: str | list[str] | None, config: GatewayConfig) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.maas.replay_engine import INFO
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import RequestError
-from xdeepserve.maas.sampling import choice_seed, sampling_params, stop_list
+from xdeepserve.maas.sampling import check_num_sequences, choice_seed, sampling_params, stop_list
 from xdeepserve.maas.schema import GenerationFields, ResponseFormat, StreamOptions
 from xdeepserve.messages import SamplingParams
 
@@ -142,3 +142,9 @@ def test_stop_as_string_list_or_nothing() -> None:
         (),
         (),
     ]
+
+
+def test_one_request_cannot_fill_the_queue() -> None:
+    check_num_sequences(32, 8)
+    with pytest.raises(RequestError, match="256"):
+        check_num_sequences(128, 8)
