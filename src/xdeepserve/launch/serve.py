@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from xdeepserve.flowserve.build import build_engine
     from xdeepserve.maas.app import create_app
     from xdeepserve.maas.server import bind, run_server
+    from xdeepserve.text.generation_config import SamplingDefaults
     from xdeepserve.text.tokenizer import Tokenizer
 
     setup_logging()
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         names = args.served_model_name or [loaded.name]
         engine = build_engine(model=loaded.model, model_name=names[0], config=engine_config)
         tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
-        app = create_app(engine, tokenizer, gateway, model_names=names)
+        defaults = SamplingDefaults.from_folder(loaded.tokenizer_dir)
+        app = create_app(engine, tokenizer, gateway, model_names=names, defaults=defaults)
         engine.start()
         run_server(app, gateway, listener=listener, access_log=args.access_log)
     return 0

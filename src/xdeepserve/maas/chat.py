@@ -58,6 +58,7 @@ async def _plan(chat: ChatCompletionRequest, gateway: Gateway, arrived_s: float)
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         info=gateway.engine.info,
         config=gateway.config,
+        defaults=gateway.defaults,
     )  # fmt: skip
     options = gateway.text_options(chat)
     messages = template_messages(chat.messages, max_messages=gateway.config.max_messages)

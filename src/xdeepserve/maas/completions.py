@@ -77,6 +77,7 @@ def _checked_params(completion: CompletionRequest, gateway: Gateway) -> Sampling
         logprobs=completion.logprobs,
         info=gateway.engine.info,
         config=gateway.config,
+        defaults=gateway.defaults,
     )
 
 
