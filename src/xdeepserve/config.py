@@ -30,6 +30,9 @@ def _require_positive(config: object, *names: str) -> None:
         _require(value >= 1, f"{name}={value} must be at least 1")
 
 
+MAX_THREADS = 1024
+"""What the native thread pool takes."""
+
 DTYPES = ("auto", "float32", "bf16", "int8")
 
 
@@ -47,7 +50,10 @@ class ModelConfig:
             self.backend in ("cpu", "reference"),
             f"backend={self.backend!r} must be cpu or reference",
         )
-        _require(self.num_threads >= 0, f"num_threads={self.num_threads} must not be negative")
+        _require(
+            0 <= self.num_threads <= MAX_THREADS,
+            f"num_threads={self.num_threads} must be between 0 and {MAX_THREADS}",
+        )
 
     @property
     def weight_dtype(self) -> str:
@@ -66,7 +72,7 @@ class EngineConfig:
     block_size: int = option(16, "Tokens per KV block.")
     kv_cache_bytes: int = option(1 << 30, "Bytes of KV cache; decides the number of blocks.")
     num_kv_blocks: int = option(0, "Number of KV blocks; 0 = from kv_cache_bytes.")
-    prefix_caching: bool = option(True, "Reuse KV of equal prompt prefixes of one tenant.")
+    prefix_caching: bool = option(True, "Reuse KV of equal prompt prefixes of one cache salt.")
 
     def __post_init__(self) -> None:
         _require_positive(

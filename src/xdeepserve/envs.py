@@ -20,7 +20,9 @@ T = TypeVar("T")
 class Env(Generic[T]):
     """One documented environment variable with a parser and a default."""
 
-    def __init__(self, name: str, parse: Callable[[str], T], default: T, doc: str) -> None:
+    def __init__(
+        self, name: str, parse: Callable[[str], T], default: T | Callable[[], T], doc: str
+    ) -> None:
         self.name = name
         self.doc = doc
         self._parse = parse
@@ -34,7 +36,7 @@ class Env(Generic[T]):
         """
         raw = os.environ.get(self.name, "")
         if not raw:
-            return self._default
+            return self._default() if callable(self._default) else self._default
         try:
             return self._parse(raw)
         except ValueError as exc:
@@ -69,17 +71,24 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
-def _positive_int(raw: str) -> int:
+def _num_threads(raw: str) -> int:
     value = int(raw)
-    if value < 1:
-        raise ValueError("must be at least 1")
+    if not 1 <= value <= 1024:
+        raise ValueError("must be between 1 and 1024")
     return value
+
+
+def _default_home() -> Path:
+    try:
+        return Path.home() / ".cache" / "xdeepserve"
+    except RuntimeError as exc:
+        raise ConfigError(f"no home folder ({exc}); set XDEEPSERVE_HOME to a folder") from exc
 
 
 HOME: Env[Path] = Env(
     "XDEEPSERVE_HOME",
     Path,
-    Path.home() / ".cache" / "xdeepserve",
+    _default_home,
     "Where pulled models and packed weights live.",
 )
 RUN_DIR: Env[Path] = Env(
@@ -96,7 +105,7 @@ ISA: Env[str] = Env(
 )
 NUM_THREADS: Env[int | None] = Env(
     "XDEEPSERVE_NUM_THREADS",
-    _positive_int,
+    _num_threads,
     None,
     "Threads of the native operators; unset: one per core this process may use.",
 )
@@ -107,4 +116,10 @@ LOG_LEVEL: Env[str] = Env(
     "Level of the server's log on stderr.",
 )
 
-ALL: tuple[Env[Path] | Env[str] | Env[int | None], ...] = (HOME, RUN_DIR, ISA, NUM_THREADS, LOG_LEVEL)
+ALL: tuple[Env[Path] | Env[str] | Env[int | None], ...] = (
+    HOME,
+    RUN_DIR,
+    ISA,
+    NUM_THREADS,
+    LOG_LEVEL,
+)

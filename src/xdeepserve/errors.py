@@ -86,3 +86,31 @@ class ModelFormatError(ConfigError):
 
 class IntegrityError(XDeepServeError):
     """A conservation law is broken: a bug of ours. Dump the state and stop."""
+
+
+class XcclError(XDeepServeError):
+    """Communication between workers failed (503).
+
+    Attributes:
+        ranks: the ranks concerned; empty where none is to blame.
+    """
+
+    status = 503
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class PeerLost(XcclError):
+    """Ranks that owe an answer are dead, frozen or replaced; `ranks` lists them."""
+
+
+class XcclTimeout(XcclError):
+    """A wait reached its deadline (504); `ranks` lists those that still owe an answer."""
+
+    status = 504
+
+
+class SegmentError(XcclError):
+    """A shared segment cannot be created, or is not what its blob says."""

@@ -210,12 +210,12 @@ async def test_sdk_errors_are_typed() -> None:
     async with sdk_client(make_app(engine)) as client:
         with pytest.raises(openai.NotFoundError) as missing:
             await client.chat.completions.create(**{**ASK, "model": "nope"})
-        long = [{"role": "user", "content": "word " * 4000}]
+        long = [{"role": "user", "content": "word " * 400}]
         with pytest.raises(openai.BadRequestError) as too_long:
             await client.chat.completions.create(**{**ASK, "messages": long})
     assert missing.value.code == "model_not_found"
     assert (too_long.value.code, too_long.value.param) == ("context_length_exceeded", "messages")
-    num_tokens = len(byte_tokenizer().encode(RENDERED.replace("hi", "word " * 4000)))
+    num_tokens = len(byte_tokenizer().encode(RENDERED.replace("hi", "word " * 400)))
     assert f"{num_tokens} tokens" in too_long.value.message
     assert str(engine.info.max_model_len) in too_long.value.message
     assert engine.requests == []

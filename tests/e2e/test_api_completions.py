@@ -79,8 +79,8 @@ async def test_echo(prompt: Any, stream: bool) -> None:
 async def test_long_prompt_is_tokenized_off_the_loop() -> None:
     engine = ReplayEngine(steps_of("x"))
     async with sdk_client(make_app(engine)) as client:
-        with pytest.raises(openai.BadRequestError, match="9000 tokens") as caught:
-            await client.completions.create(model=MODEL, prompt="x" * 9000)
+        with pytest.raises(openai.BadRequestError, match="5000 tokens") as caught:
+            await client.completions.create(model=MODEL, prompt="x" * 5000)
     assert caught.value.code == "context_length_exceeded"
 
 
@@ -111,3 +111,10 @@ async def test_tokenize_and_detokenize() -> None:
     assert byte_tokenizer().decode(chat.json()["tokens"], skip_special_tokens=False) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+async def test_cache_salt_reaches_the_engine() -> None:
+    engine = ReplayEngine(steps_of("x"))
+    async with sdk_client(make_app(engine)) as client:
+        await client.completions.create(model=MODEL, prompt="a", extra_body={"cache_salt": "t1"})
+    assert engine.requests[0].cache_salt == "t1"

@@ -17,7 +17,14 @@ from tests.unit.maas.asgi import MODEL, open_app
 from tests.unit.maas.replay_engine import ReplayEngine, steps_of
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import ConfigError
-from xdeepserve.maas.server import MAX_HEADER_BYTES, DrainingServer, bind, make_server, url_of
+from xdeepserve.maas.server import (
+    MAX_HEADER_BYTES,
+    BoundedHttpProtocol,
+    DrainingServer,
+    bind,
+    make_server,
+    url_of,
+)
 
 CONFIG = GatewayConfig(port=0)
 STREAM = {"model": MODEL, "prompt": "hello", "stream": True}
@@ -188,6 +195,14 @@ async def test_bad_heads_are_cut_off(head: bytes) -> None:
             connection.writer.write(head)
             assert await connection.status() == 400
         assert await _get(running.port, "/health") == 200
+
+
+@pytest.mark.parametrize("head", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n"])
+async def test_unfinished_heads_are_closed(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedHttpProtocol, "head_timeout_s", 0.05)
+    async with _running(ReplayEngine()) as running, _connect(running.port) as connection:
+        connection.writer.write(head)
+        assert await asyncio.wait_for(connection.rest(), 5) == b""
 
 
 async def test_a_long_body_is_no_long_header() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.unit.text.byte_tokenizer import byte_backend
 from xdeepserve.launch.cli import main
 from xdeepserve.testing.toy_models import toy_checkpoint
 
@@ -156,6 +157,9 @@ def test_broken_gguf(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["serve", "x", "--port", "99999"], "99999"),
         (["serve", "x", "--max-num-seqs", "0"], "max_num_seqs"),
         (["serve", "x", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"], "starve"),
+        (["serve", "x", "--num-threads", "5000"], "num_threads"),
+        (["generate", "x", "--prompt", "\udcff"], "UTF-8"),
+        (["models", "convert", ".", "y"], ".gguf"),
         (["models", "info", "no-such-model"], "no-such-model"),
         (["models", "pull", "no-such-model"], "no-such-model"),
         (["generate", "x", "--max-tokens", "0", "--prompt", "hi"], "max-tokens"),
@@ -170,7 +174,12 @@ def test_bad_flags(arguments: list[str], part: str, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("XDEEPSERVE_ISA", "mmx"), ("XDEEPSERVE_NUM_THREADS", "-2"), ("XDEEPSERVE_LOG_LEVEL", "loud")],
+    [
+        ("XDEEPSERVE_ISA", "mmx"),
+        ("XDEEPSERVE_NUM_THREADS", "-2"),
+        ("XDEEPSERVE_NUM_THREADS", "9999"),
+        ("XDEEPSERVE_LOG_LEVEL", "loud"),
+    ],
 )
 def test_bad_environment(
     name: str,
@@ -181,6 +190,25 @@ def test_bad_environment(
 ) -> None:
     monkeypatch.setenv(name, value)
     _expect_one_line(["serve", str(_toy_folder(tmp_path / "m")), "--port", "0"], capsys, name)
+
+
+def test_kv_pool_larger_than_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(_toy_folder(tmp_path / "m"))
+    arguments = ["generate", folder, "--prompt", "hi", "--num-kv-blocks", str(10**11)]
+    byte_backend().save(f"{folder}/tokenizer.json")
+    _expect_one_line(arguments, capsys, "num_kv_blocks")
+
+
+def test_no_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDEEPSERVE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    folder = str(_toy_folder(tmp_path / "m"))
+    _expect_one_line(["serve", folder, "--port", "0"], capsys, "XDEEPSERVE_HOME")
 
 
 def test_port_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ def _jobs() -> list[dict[str, object]]:
         {
             "model": MODEL,
             "prompt": " ".join(rng.choices(words, k=rng.randint(3, 50))),
-            "max_tokens": rng.randint(4, 24),
+            "max_tokens": rng.randint(4, 16),
             "temperature": rng.choice([0.0, 0.8]),
             "seed": index,
             "extra_body": {"ignore_eos": True},
@@ -102,7 +102,7 @@ async def _idle(server: ServerProcess) -> None:
 
 @pytest.mark.timeout(900)
 async def test_200_streams_a_third_cancelled_three_rounds() -> None:
-    arguments = ("--num-kv-blocks", "1200", "--max-num-seqs", "48")
+    arguments = ("--dtype", "int8", "--num-kv-blocks", "1200", "--max-num-seqs", "48")
     with ServerProcess(MODEL, *arguments) as server:
         async with AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300

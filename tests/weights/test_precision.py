@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import law1_harness as law1
+from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.models.decoder import forward
 from xdeepserve.models.loader import load_model
 from xdeepserve.ops import F32, AttentionBatch, WeightDtype, get_ops
+from xdeepserve.text.chat_template import ChatTemplate
 from xdeepserve.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
@@ -54,3 +57,16 @@ def test_mean_kl_on_real_text(name: str, request: pytest.FixtureRequest) -> None
         divergence = float((probabilities * (exact - rounded)).sum(axis=1).mean())
         print(f"\n{name} {dtype}: mean KL {divergence:.2e} over {len(exact)} positions")
         assert 0 < divergence < limit
+
+
+@pytest.mark.parametrize("dtype", WeightDtype)
+def test_knows_the_capital_of_france(dtype: WeightDtype, moe_dir: Path) -> None:
+    tokenizer = Tokenizer.from_folder(moe_dir)
+    assert tokenizer.chat_template is not None
+    with ChatTemplate(tokenizer.chat_template, special_tokens=tokenizer.special_tokens) as template:
+        text = template.render([{"role": "user", "content": "What is the capital of France?"}])
+    model = load_model(moe_dir, dtype=dtype, ops=get_ops("cpu"))
+    group = build_dp_group(model=model, model_name="m", config=law1.config(num_kv_blocks=1024))
+    prompt = tokenizer.encode(text, add_special_tokens=False)
+    answer = law1.generate(group, [law1.request("q", prompt, max_tokens=24)])["q"]
+    assert "Paris" in tokenizer.decode(answer.token_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from xdeepserve.clock import SYSTEM_CLOCK, Clock
 from xdeepserve.config import EngineConfig
@@ -115,12 +116,16 @@ def num_kv_blocks(config: EngineConfig, kv_bytes_per_token: int) -> int:
     """Blocks of the pool: as configured, or as many as `kv_cache_bytes` holds.
 
     Raises:
-        ConfigError: not even one block fits.
+        ConfigError: not even one block fits, or the pool exceeds the machine's memory.
     """
-    if config.num_kv_blocks:
-        return config.num_kv_blocks
     block_bytes = kv_bytes_per_token * config.block_size
-    num_blocks = config.kv_cache_bytes // block_bytes
+    num_blocks = config.num_kv_blocks or config.kv_cache_bytes // block_bytes
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_blocks * block_bytes > memory_bytes:
+        raise ConfigError(
+            f"{num_blocks} KV blocks of {block_bytes} bytes exceed this machine's memory of "
+            f"{memory_bytes} bytes; lower num_kv_blocks or kv_cache_bytes"
+        )
     if num_blocks < 1:
         raise ConfigError(
             f"kv_cache_bytes={config.kv_cache_bytes} holds no KV block of {block_bytes} bytes; "

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 IDLE_WAKE_S: Final = 1.0
 """An idle loop wakes this often to beat its heart."""
 
-DEFAULT_STALL_TIMEOUT_S: Final = 120.0
+DEFAULT_STALL_TIMEOUT_S: Final = 600.0
 """A loop that has finished no step for so long counts as dead."""
 
 Outbox = Callable[[list[TokenOutput]], None]

@@ -205,7 +205,7 @@ class RoutedStream(AsyncIterator[TokenOutput]):
             await asyncio.sleep(self._policy.retry_s)
 
     def _must_give_up(self, error: CapacityError | EngineDeadError) -> bool:
-        if isinstance(error, CapacityError):
+        if isinstance(error, CapacityError) and not self._was_accepted:
             return True
         waited_s = self._clock.monotonic() - self._searching_since_s
         return waited_s >= self._policy.deadline_s

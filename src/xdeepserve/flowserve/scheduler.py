@@ -5,6 +5,8 @@ There is no prefill phase and no decode phase: `num_computed_tokens` of each req
 decoding are that one rule. Pure Python over ints: no arrays, no clock, no threads.
 """
 
+# size: one owner of the queues; its steps share every field
+
 from __future__ import annotations
 
 from collections.abc import Sequence

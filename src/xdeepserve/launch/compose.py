@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from xdeepserve.models.decoder import Model
 from xdeepserve.models.files.source_digest import Progress
 from xdeepserve.models.loader import load_model
 from xdeepserve.ops import WeightDtype, get_ops
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ def load_model_at(path: Path, config: ModelConfig, *, progress: Progress | None 
     """
     ops = get_ops(config.backend, num_threads=config.num_threads)
     dtype = WeightDtype(config.weight_dtype)
+    logger.info("loading %s in %s", path, dtype)
     return load_model(path, dtype=dtype, ops=ops, progress=progress)
 
 

@@ -58,12 +58,15 @@ def _show_native() -> bool:
 
 
 def _show_storage(home: Path) -> None:
+    from xdeepserve.xccl import segments
+
     for name in ("models", "packed"):
         folder = home / name
         files = [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
         size = sum(path.stat().st_size for path in files)
         _show(f"{name} on disk", f"{len(files)} files, {size / 2**20:.0f} MiB in {folder}")
-    leftovers = [path for name in ("models", "packed") for path in (home / name).glob("*.tmp")]
+    leftovers: list[Path] = [info.path for info in segments.leftovers()]
+    leftovers += [path for name in ("models", "packed") for path in (home / name).glob("*.tmp")]
     leftovers += (home / "models").glob(".*.tmp")
     _show("leftovers", ", ".join(map(str, sorted(set(leftovers)))) or "none")
 

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the completion on stdout and its timing on stderr; 1 when the engine failed."""
     setup_logging()
     params = _params(args)
-    prompt = args.prompt if args.prompt is not None else sys.stdin.read()
+    prompt = _prompt(args)
     loaded = load(args)
     tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
     ids = _encode(tokenizer, prompt, raw=args.raw)
@@ -46,6 +46,15 @@ def run(args: argparse.Namespace) -> int:
     engine = _engine(loaded, args)
     reason = asyncio.run(_stream(engine, tokenizer, request))
     return 1 if reason is FinishReason.ERROR else 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    try:
+        prompt: str = args.prompt if args.prompt is not None else sys.stdin.read()
+        prompt.encode()
+    except UnicodeError as exc:
+        raise ConfigError(f"the prompt is not valid UTF-8: {exc}") from exc
+    return prompt
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:

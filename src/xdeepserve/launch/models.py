@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from xdeepserve import store
+from xdeepserve.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pull = verbs.add_parser("pull", help="fetch or build a model by name")
     pull.add_argument("model", metavar="NAME", help="a name from `models list`")
     pull.set_defaults(handler=_pull)
+    convert = verbs.add_parser("convert", help="make a Hugging Face folder out of a .gguf file")
+    convert.add_argument("source", metavar="SRC", help="a .gguf file of the llama family")
+    convert.add_argument("target", metavar="DST", help="a folder that does not exist yet")
+    convert.set_defaults(handler=_convert)
     _add_upcycle(verbs.add_parser("upcycle", help="make an MoE checkpoint out of a dense one"))
 
 
@@ -74,6 +79,16 @@ def _info(args: argparse.Namespace) -> int:
 
 def _pull(args: argparse.Namespace) -> int:
     print(store.pull(args.model, progress=store.terminal_progress(sys.stderr)))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    source = store.resolve(args.source)
+    if source.suffix != ".gguf":
+        raise ConfigError(f"{source} is not a .gguf file; only those are converted")
+    target = Path(args.target)
+    store.convert_gguf(source, target, progress=store.terminal_progress(sys.stderr))
+    print(target)
     return 0
 
 

@@ -97,11 +97,18 @@ def _serve_colocated(
     from xdeepserve.flowserve.build import build_engine
     from xdeepserve.maas.app import create_app
     from xdeepserve.maas.server import run_server
+    from xdeepserve.text.generation_config import SamplingDefaults
     from xdeepserve.text.tokenizer import Tokenizer
 
     engine = build_engine(model=loaded.model, model_name=names[0], config=deployment.limits)
     tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
-    app = create_app(engine, tokenizer, deployment.gateway, model_names=names)
+    app = create_app(
+        engine,
+        tokenizer,
+        deployment.gateway,
+        model_names=names,
+        defaults=SamplingDefaults.from_folder(loaded.tokenizer_dir),
+    )
     engine.start()
     run_server(app, deployment.gateway, listener=listener, access_log=access_log)
     return 0

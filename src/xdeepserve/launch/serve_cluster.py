@@ -20,6 +20,7 @@ from xdeepserve.launch.service import ServiceConfig
 from xdeepserve.launch.worker.bodies import bodies_for
 from xdeepserve.maas.app import create_app
 from xdeepserve.maas.server import make_server, url_of
+from xdeepserve.text.generation_config import SamplingDefaults
 from xdeepserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,15 @@ def serve_cluster(
         bodies=bodies_for(plan),
     )
     tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
-    asyncio.run(_serve(service, tokenizer, names, listener, access_log))
+    defaults = SamplingDefaults.from_folder(loaded.tokenizer_dir)
+    asyncio.run(_serve(service, tokenizer, defaults, names, listener, access_log))
     return 0
 
 
 async def _serve(
     service: ServiceConfig,
     tokenizer: Tokenizer,
+    defaults: SamplingDefaults,
     names: list[str],
     listener: socket.socket,
     access_log: bool,
@@ -73,7 +76,13 @@ async def _serve(
     ready_line = f"xdeepserve: serving {names[0]} on {url_of(listener)}"
     try:
         await cluster.start(timeout_s=deployment.supervision.start_timeout_s)
-        app = create_app(members.router, tokenizer, deployment.gateway, model_names=names)
+        app = create_app(
+            members.router,
+            tokenizer,
+            deployment.gateway,
+            model_names=names,
+            defaults=defaults,
+        )
         server = make_server(
             app,
             deployment.gateway,

@@ -25,7 +25,10 @@ from xdeepserve.maas.prompts import PromptEncoder
 from xdeepserve.maas.request_id import RequestIdMiddleware
 from xdeepserve.maas.tokenize import detokenize, tokenize
 from xdeepserve.text.chat_template import ChatTemplate
+from xdeepserve.text.generation_config import SamplingDefaults
 from xdeepserve.text.tokenizer import Tokenizer
+
+PLAIN_SAMPLING = SamplingDefaults()
 
 ROUTES = (
     Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
@@ -47,6 +50,7 @@ def create_app(
     *,
     model_names: Sequence[str],
     clock: Clock = SYSTEM_CLOCK,
+    defaults: SamplingDefaults = PLAIN_SAMPLING,
 ) -> Starlette:
     """The ASGI app over one engine. Its lifespan ends by closing the engine.
 
@@ -54,6 +58,7 @@ def create_app(
 
     Args:
         model_names: names clients may use for the model, at least one; the first is canonical.
+        defaults: sampling parameters for requests that name none.
 
     Raises:
         ConfigError: no name, or the model's chat template does not compile (ModelFormatError).
@@ -82,6 +87,7 @@ def create_app(
         config=config,
         model_names=model_names,
         clock=clock,
+        defaults=defaults,
     )
     return app
 

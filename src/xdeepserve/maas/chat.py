@@ -16,7 +16,7 @@ from xdeepserve.maas.gateway import Gateway, gateway_of, new_request_id
 from xdeepserve.maas.generation import GenerationPlan, UsageTotals
 from xdeepserve.maas.logprobs import chat_logprobs
 from xdeepserve.maas.prompts import PromptEncoder, template_messages
-from xdeepserve.maas.sampling import sampling_params
+from xdeepserve.maas.sampling import cache_salt, sampling_params
 from xdeepserve.maas.schema import (
     AssistantMessage,
     ChatChoice,
@@ -58,16 +58,18 @@ async def _plan(chat: ChatCompletionRequest, gateway: Gateway, arrived_s: float)
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         info=gateway.engine.info,
         config=gateway.config,
+        defaults=gateway.defaults,
     )  # fmt: skip
     options = gateway.text_options(chat)
     messages = template_messages(chat.messages, max_messages=gateway.config.max_messages)
     text = await _prompt_text(chat, messages, gateway.prompts)
-    token_ids = await gateway.prompts.encode(text, add_special_tokens=False)
+    token_ids = await gateway.prompts.encode(text, add_special_tokens=False, param="messages")
     return GenerationPlan(
         prompts=[(token_ids, gateway.prompts.fit(token_ids, params, param="messages"))],
         num_choices=chat.n or 1,
         options=options,
         arrived_s=arrived_s,
+        cache_salt=cache_salt(chat.cache_salt),
     )
 
 

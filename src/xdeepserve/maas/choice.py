@@ -20,11 +20,13 @@ class TextOptions:
         stops: automaton over the stop strings, or None without any.
         include_stop: keep the stop string that was found in the text.
         skip_special_tokens: leave special tokens out of the text.
+        min_tokens: stop strings are looked for from this token on.
     """
 
     stops: StopAutomaton | None = None
     include_stop: bool = False
     skip_special_tokens: bool = True
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class ChoiceText:
             if options.stops is None
             else StopMatcher(options.stops, include_stop=options.include_stop)
         )
+        self._num_unstoppable = options.min_tokens - 1
         self._num_decoded = 0
         self._num_emitted = 0
         self._pending: deque[TokenEntry] = deque()
@@ -116,12 +119,15 @@ class ChoiceText:
             piece = self._detokenizer.feed(token_id)
             self._num_decoded += len(piece)
             emitted.append(self._match(piece))
+            self._num_unstoppable -= 1
             if self.is_stopped:
                 break
         return "".join(emitted)
 
     def _match(self, piece: str) -> str:
-        return piece if self._matcher is None else self._matcher.feed(piece)
+        if self._matcher is None or self._num_unstoppable > 0:
+            return piece
+        return self._matcher.feed(piece)
 
     def _finish(self) -> str:
         """The rest of an unfinished code point, then what the matcher held back."""

@@ -14,7 +14,12 @@ from xdeepserve.maas.choice import ChoiceDelta
 from xdeepserve.maas.gateway import Gateway, gateway_of, new_request_id
 from xdeepserve.maas.generation import GenerationPlan, UsageTotals
 from xdeepserve.maas.logprobs import completion_logprobs
-from xdeepserve.maas.sampling import check_token_ids, sampling_params
+from xdeepserve.maas.sampling import (
+    cache_salt,
+    check_num_sequences,
+    check_token_ids,
+    sampling_params,
+)
 from xdeepserve.maas.schema import (
     Completion,
     CompletionChoice,
@@ -37,6 +42,7 @@ async def create_completion(request: Request) -> Response:
     params = _checked_params(completion, gateway)
     options = gateway.text_options(completion)
     prompts = split_prompts(completion.prompt, max_prompts=gateway.config.max_prompts)
+    check_num_sequences(len(prompts), completion.n or 1)
     fitted = [await _encode(prompt, params, gateway) for prompt in prompts]
     echoes = [await _echo(prompt, gateway) for prompt in prompts] if completion.echo else []
     request_id = new_request_id("cmpl")
@@ -44,7 +50,11 @@ async def create_completion(request: Request) -> Response:
     return GenerationResponse(
         gateway=gateway,
         plan=GenerationPlan(
-            prompts=fitted, num_choices=num_choices, options=options, arrived_s=arrived_s
+            prompts=fitted,
+            num_choices=num_choices,
+            options=options,
+            arrived_s=arrived_s,
+            cache_salt=cache_salt(completion.cache_salt),
         ),
         reply=CompletionReply(
             completion, gateway, request_id, [echo for echo in echoes for _ in range(num_choices)]
@@ -67,6 +77,7 @@ def _checked_params(completion: CompletionRequest, gateway: Gateway) -> Sampling
         logprobs=completion.logprobs,
         info=gateway.engine.info,
         config=gateway.config,
+        defaults=gateway.defaults,
     )
 
 
@@ -102,7 +113,7 @@ async def _encode(
     prompt: Prompt, params: SamplingParams, gateway: Gateway
 ) -> tuple[list[int], SamplingParams]:
     if isinstance(prompt, str):
-        token_ids = await gateway.prompts.encode(prompt, add_special_tokens=True)
+        token_ids = await gateway.prompts.encode(prompt, add_special_tokens=True, param="prompt")
         return token_ids, gateway.prompts.fit(token_ids, params, param="prompt")
     fitted = gateway.prompts.fit(prompt, params, param="prompt")
     check_token_ids("prompt", prompt, gateway.engine.info)

@@ -21,6 +21,7 @@ from xdeepserve.maas.metrics import GatewayMetrics
 from xdeepserve.maas.prompts import PromptEncoder
 from xdeepserve.maas.sampling import stop_list
 from xdeepserve.maas.schema import Envelope, GenerationFields
+from xdeepserve.text.generation_config import SamplingDefaults
 from xdeepserve.text.stop_strings import StopAutomaton
 from xdeepserve.text.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ class Gateway:
         config: GatewayConfig,
         model_names: Sequence[str],
         clock: Clock,
+        defaults: SamplingDefaults,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
@@ -48,6 +50,7 @@ class Gateway:
         self.config = config
         self.model_names = tuple(model_names)
         self.clock = clock
+        self.defaults = defaults
         self.metrics = GatewayMetrics(engine, self.model_names[0])
         self.started_s = int(clock.wall())
         self.system_fingerprint = _fingerprint(engine)
@@ -93,6 +96,7 @@ class Gateway:
             stops=StopAutomaton(stops) if stops else None,
             include_stop=fields.include_stop_str_in_output,
             skip_special_tokens=fields.skip_special_tokens,
+            min_tokens=fields.min_tokens or 0,
         )
 
     def envelope(self, request_id: str, kind: str) -> Envelope:

@@ -51,12 +51,14 @@ class GenerationPlan:
         num_choices: choices per prompt.
         options: how text is made of tokens.
         arrived_s: monotonic time of arrival.
+        cache_salt: prefixes are shared only with requests of the same salt.
     """
 
     prompts: Sequence[tuple[list[int], SamplingParams]]
     num_choices: int
     options: TextOptions
     arrived_s: float
+    cache_salt: str = ""
 
 
 class Generation:
@@ -193,6 +195,7 @@ def _engine_requests(plan: GenerationPlan, request_id: str) -> list[GenerateRequ
                     request_id=f"{request_id}-{len(requests)}",
                     prompt_token_ids=token_ids,
                     params=msgspec.structs.replace(params, seed=seed) if choice else params,
+                    cache_salt=plan.cache_salt,
                 )
             )
     return requests

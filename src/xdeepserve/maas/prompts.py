@@ -40,15 +40,21 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._template = template
         self._info = info
+        self._max_text_bytes = info.max_model_len * tokenizer.max_token_bytes
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="xds-text")
         self._num_queued = 0
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text of any length.
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            param: the request field that the text came from, for errors.
 
         Raises:
+            RequestError: the text cannot fit into the context, however it is tokenized.
             CapacityError: too many long texts are waiting.
         """
+        self._check_length(len(text.encode()), param)
 
         def work() -> list[int]:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -78,8 +84,10 @@ class PromptEncoder:
         """Prompt text of a conversation.
 
         Raises:
-            RequestError: the model has no chat template, or it refused the messages.
+            RequestError: the model has no chat template, or it refused the messages, or they
+                cannot fit into the context.
         """
+        self._check_length(sum(len(m["content"].encode()) for m in messages), "messages")
         template = self._template
         if template is None:
             raise RequestError(
@@ -92,6 +100,18 @@ class PromptEncoder:
             )
 
         return await self._off_loop(work)
+
+    def _check_length(self, num_bytes: int, param: str) -> None:
+        """Refuse what is too long before work goes into it."""
+        if num_bytes <= self._max_text_bytes:
+            return
+        at_least = -(-num_bytes // self._tokenizer.max_token_bytes)
+        raise RequestError(
+            f"the text has {num_bytes} bytes, so at least {at_least} tokens; the model's context "
+            f"holds {self._info.max_model_len}; shorten it",
+            code="context_length_exceeded",
+            param=param,
+        )
 
     def fit(self, token_ids: list[int], params: SamplingParams, *, param: str) -> SamplingParams:
         """`params` with max_tokens clipped to what the context leaves after the prompt.

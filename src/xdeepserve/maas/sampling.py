@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from typing import TypeVar
 
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import RequestError
 from xdeepserve.maas.schema import SERVICE_TIER, GenerationFields
 from xdeepserve.messages import MAX_TOP_LOGPROBS, EngineInfo, SamplingParams
+from xdeepserve.text.generation_config import SamplingDefaults
+
+N = TypeVar("N", int, float)
 
 _SEED_MASK = (1 << 64) - 1
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -28,6 +32,10 @@ _UNSUPPORTED = (
 )  # fmt: skip
 MAX_LOGIT_BIAS = 100.0
 
+MAX_SALT_LENGTH = 256
+MAX_SEQUENCES = 256
+"""Most prompts times choices of one request; a quarter of the default waiting queue."""
+
 
 def sampling_params(
     fields: GenerationFields,
@@ -36,12 +44,14 @@ def sampling_params(
     logprobs: int | None,
     info: EngineInfo,
     config: GatewayConfig,
+    defaults: SamplingDefaults,
 ) -> SamplingParams:
     """Checked parameters of choice 0; `max_tokens` is not yet clipped to a prompt.
 
     Args:
         max_tokens: what the request asks for under either of its names, or None.
         logprobs: alternatives per token, or None for no logprobs.
+        defaults: the model's own, for fields that the request leaves out.
 
     Raises:
         RequestError: a value is out of range or a feature is not supported; `param` names it.
@@ -59,14 +69,14 @@ def sampling_params(
     return SamplingParams(
         max_tokens=limit,
         min_tokens=fields.min_tokens or 0,
-        temperature=_default(fields.temperature, 1.0),
-        top_k=max(0, fields.top_k or 0),
-        top_p=_default(fields.top_p, 1.0),
-        min_p=_default(fields.min_p, 0.0),
+        temperature=_first(fields.temperature, defaults.temperature, 1.0),
+        top_k=max(0, _first(fields.top_k, defaults.top_k, 0)),
+        top_p=_first(fields.top_p, defaults.top_p, 1.0),
+        min_p=_first(fields.min_p, defaults.min_p, 0.0),
         seed=secrets.randbits(64) if fields.seed is None else fields.seed & _SEED_MASK,
-        repetition_penalty=_default(fields.repetition_penalty, 1.0),
-        presence_penalty=_default(fields.presence_penalty, 0.0),
-        frequency_penalty=_default(fields.frequency_penalty, 0.0),
+        repetition_penalty=_first(fields.repetition_penalty, defaults.repetition_penalty, 1.0),
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
         logit_bias=_logit_bias(fields.logit_bias or {}, info, config),
         stop_token_ids=_stop_token_ids(fields.stop_token_ids or [], info, config),
         ignore_eos=fields.ignore_eos,
@@ -80,6 +90,36 @@ def choice_seed(seed: int, index: int) -> int:
         return seed
     key = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def cache_salt(salt: str | None) -> str:
+    """The request's own prefix-cache salt; without one, prefixes are shared by all who name none.
+
+    Raises:
+        RequestError: empty or too long.
+    """
+    if salt is None:
+        return ""
+    if not 1 <= len(salt) <= MAX_SALT_LENGTH:
+        raise RequestError(
+            f"cache_salt has {len(salt)} characters; between 1 and {MAX_SALT_LENGTH} are allowed",
+            param="cache_salt",
+        )
+    return salt
+
+
+def check_num_sequences(num_prompts: int, num_choices: int) -> None:
+    """Keep one request from filling the engine's queue.
+
+    Raises:
+        RequestError: too many prompts times choices.
+    """
+    if num_prompts * num_choices > MAX_SEQUENCES:
+        raise RequestError(
+            f"{num_prompts} prompts with n={num_choices} are {num_prompts * num_choices} "
+            f"sequences; the limit is {MAX_SEQUENCES}; send several requests",
+            param="n",
+        )
 
 
 def stop_list(stop: str | list[str] | None, config: GatewayConfig) -> tuple[str, ...]:
@@ -103,8 +143,10 @@ def stop_list(stop: str | list[str] | None, config: GatewayConfig) -> tuple[str,
     return stops
 
 
-def _default(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
+def _first(asked: N | None, recommended: N | None, plain: N) -> N:
+    if asked is not None:
+        return asked
+    return plain if recommended is None else recommended
 
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:

@@ -57,6 +57,7 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    cache_salt: str | None = None
     service_tier: str | None = None
     best_of: int | None = None
     prompt_logprobs: int | None = None

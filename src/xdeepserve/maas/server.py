@@ -27,24 +27,47 @@ MAX_HEADER_BYTES = 64 << 10
 MAX_CONNECTIONS = 4096
 KEEP_ALIVE_S = 65
 """Longer than the idle timeout of common HTTP clients and balancers, so that they close first."""
+HEAD_TIMEOUT_S = 30.0
+"""For a client to send its request line and headers, from the connection or their first byte."""
 CLOSE_TIMEOUT_S = 3
 """After the drain: for aborted streams to tell their clients."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """uvicorn's httptools protocol with a limit on the request line and headers together."""
+    """uvicorn's httptools protocol with limits on size and time of request line and headers."""
 
+    head_timeout_s = HEAD_TIMEOUT_S
     _head_bytes = 0
     _is_in_head = False
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
         self._head_bytes = 0
         self._is_in_head = True
+        self._start_head_timer()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
+        self._stop_head_timer()
         super().on_headers_complete()
+
+    def _start_head_timer(self) -> None:
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(self.head_timeout_s, self.transport.close)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -28,7 +28,8 @@ async def tokenize(request: Request) -> Response:
     text, is_chat = await _text(wanted, gateway)
     # A chat template writes BOS itself.
     special = not is_chat if wanted.add_special_tokens is None else wanted.add_special_tokens
-    tokens = await gateway.prompts.encode(text, add_special_tokens=special)
+    param = "messages" if is_chat else "prompt"
+    tokens = await gateway.prompts.encode(text, add_special_tokens=special, param=param)
     return json_reply(TokenizeReply(len(tokens), gateway.engine.info.max_model_len, tokens))
 
 

@@ -12,7 +12,7 @@ from xdeepserve.models.build_attention import AttentionBuilder
 from xdeepserve.models.checkpoint_api import Checkpoint, WeightProvider
 from xdeepserve.models.decoder import Layer, Model
 from xdeepserve.models.families import family_of
-from xdeepserve.models.quantize import dtype_policy
+from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.models.rope import rope_table
 from xdeepserve.models.spec import GqaSpec, ModelSpec
 from xdeepserve.models.units import (
@@ -42,14 +42,14 @@ def build_model(
     Args:
         provider: packs or maps the weights.
         checkpoint: where weights that must be packed now are read; None = all are packed already.
-        dtype: precision; `quantize.dtype_policy` says what it means for each weight.
+        dtype: precision; `quantize.DtypePolicy` says what it means for each weight.
         max_positions: longest context to be served (size of the rope table); 0 = what the model
             supports.
 
     Raises:
         ModelFormatError: a tensor is missing or of the wrong shape.
     """
-    weights = Weights(provider, checkpoint, dtype_policy(dtype))
+    weights = Weights(provider, checkpoint, DtypePolicy(dtype, spec.num_layers))
     builder = ModelBuilder(spec, weights, ops, max_positions=max_positions)
     layers = tuple(builder.layer(idx) for idx in range(spec.num_layers))
     return Model(spec, dtype, ops, builder.embedding(), layers, builder.head())
@@ -87,7 +87,7 @@ class ModelBuilder:
             return weights.read("lm_head.weight", spec.vocab_size, spec.hidden_size)
 
         norm = weights.vector("head.norm", "model.norm.weight", spec.hidden_size)
-        lm_head = weights.provider.linear("head.lm_head", load, weights.policy.lm_head)
+        lm_head = weights.packed("head.lm_head", load)
         return HeadUnit(self._ops, norm, spec.norm_eps, lm_head)
 
     def layer(self, idx: int) -> Layer:
@@ -160,10 +160,8 @@ class ModelBuilder:
             return None
         ours, theirs = f"layers.{idx}.router", f"{self._moe(idx)}.gate"
         experts, hidden = moe.gate.num_experts, self._spec.hidden_size
-        weight = weights.provider.linear(
-            f"{ours}.weight",
-            lambda: weights.read(f"{theirs}.weight", experts, hidden),
-            weights.policy.router,
+        weight = weights.packed(
+            f"{ours}.weight", lambda: weights.read(f"{theirs}.weight", experts, hidden)
         )
         bias = None
         if moe.has_correction_bias:

@@ -110,12 +110,10 @@ class AttentionBuilder:
                 return np.ascontiguousarray(heads[:, :nope].transpose(0, 2, 1))
             return np.ascontiguousarray(heads[:, nope:])
 
-        policy = self._weights.policy
-        return self._weights.provider.linear(f"{self._ours}.{name}", load, policy.absorb)
+        return self._weights.packed(f"{self._ours}.{name}", load)
 
     def _load(self, name: str, load: Callable[[], F32]) -> PackedWeight:
-        policy = self._weights.policy
-        return self._weights.provider.linear(f"{self._ours}.{name}", load, policy.linear)
+        return self._weights.packed(f"{self._ours}.{name}", load)
 
     def _vector(self, ours: str, theirs: str, size: int) -> F32:
         return self._weights.vector(f"{self._ours}.{ours}", f"{self._theirs}.{theirs}.weight", size)

@@ -25,6 +25,7 @@ MAX_SHARDS: Final = 4096
 
 _SCALE_SUFFIX: Final = "_scale_inv"
 _INDEX_NAME: Final = "model.safetensors.index.json"
+_GENERATION_NAME: Final = "generation_config.json"
 
 
 class FileCheckpoint(Checkpoint, Protocol):
@@ -85,14 +86,16 @@ class HFCheckpoint:
                 f"{folder} has no *.safetensors file; other weight formats (pickled .bin or .pt "
                 "files among them) are not read, convert them to safetensors"
             )
-        index = folder / _INDEX_NAME
-        extra = (index,) if index.is_file() else ()
+        generation = folder / _GENERATION_NAME
+        if generation.is_file():
+            _merge_eos(self._config, read_json(generation, limit=MAX_CONFIG_BYTES))
+        extra = tuple(file for file in (folder / _INDEX_NAME, generation) if file.is_file())
         self._shards = shards
         self.files: tuple[Path, ...] = (folder / "config.json", *extra, *shards)
 
     @property
     def config(self) -> dict[str, Any]:
-        """The parsed config.json."""
+        """The parsed config.json, its `eos_token_id` joined with generation_config.json's."""
         return self._config
 
     def names(self) -> frozenset[str]:
@@ -231,6 +234,19 @@ def read_json(path: Path, *, limit: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFormatError(f"{path}: must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def _merge_eos(config: dict[str, Any], generation: dict[str, Any]) -> None:
+    """Add the end-of-text ids of generation_config.json: chat models often name theirs only there.
+
+    Values are taken as they are; the spec checks them.
+    """
+    found: list[Any] = []
+    for source in (config, generation):
+        value = source.get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    if found:
+        config["eos_token_id"] = [v for i, v in enumerate(found) if v not in found[:i]]
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

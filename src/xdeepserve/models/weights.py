@@ -95,9 +95,13 @@ class Weights:
         """[sum of rows, columns]: the weights named by `rows` below each other."""
         return np.concatenate([self.read(f"{name}.weight", size, columns) for name, size in rows])
 
+    def packed(self, ours: str, load: LinearLoader) -> PackedWeight:
+        """The packed linear `ours`, in the precision that the policy gives it."""
+        return self.provider.linear(ours, load, self.policy.linear(ours))
+
     def linear(self, ours: str, rows: Rows, columns: int) -> PackedWeight:
-        """The packed stack of `rows`, in the precision of linears."""
-        return self.provider.linear(ours, lambda: self.stack(rows, columns), self.policy.linear)
+        """The packed stack of `rows`."""
+        return self.packed(ours, lambda: self.stack(rows, columns))
 
     def bias(self, ours: str, rows: Rows) -> F32:
         """The biases named by `rows`, one after the other."""
@@ -126,4 +130,4 @@ class Weights:
             for rows in experts:
                 yield self.stack(rows, columns)
 
-        return self.provider.linear(ours, load, self.policy.linear)
+        return self.packed(ours, load)

@@ -14,8 +14,6 @@ _SHIFT = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
-_SAMPLE_STREAM = 0
-_SEED_STREAM = 1
 
 U64 = npt.NDArray[np.uint64]
 
@@ -48,22 +46,10 @@ def uniform(seeds: U64, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.floa
         seeds: [B] uint64.
         positions: [B] int64, not negative.
     """
-    words = _draw(seeds, positions.astype(np.uint64), _SAMPLE_STREAM)
+    low_half, high_half = positions.astype(np.uint64) & _MASK, positions.astype(np.uint64) >> _SHIFT
+    zeros = np.zeros_like(low_half)
+    counter = np.stack([low_half, high_half, zeros, zeros], axis=1)
+    words = philox4x32(counter, np.stack([seeds & _MASK, seeds >> _SHIFT], axis=1))
     high, low = words[:, 0] >> np.uint64(5), words[:, 1] >> np.uint64(6)
     bits53 = (high << np.uint64(26)) | low
     return bits53.astype(np.float64) * 2.0**-53
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """The uint64 seed of the `index`-th choice of a request with `seed` (taken modulo 2**64)."""
-    seeds = np.array([seed % 2**64], dtype=np.uint64)
-    words = _draw(seeds, np.array([index], dtype=np.uint64), _SEED_STREAM)[0]
-    return int(words[0]) << 32 | int(words[1])
-
-
-def _draw(seeds: U64, positions: U64, stream: int) -> U64:
-    streams = np.full_like(positions, stream)
-    counter = np.stack(
-        [positions & _MASK, positions >> _SHIFT, streams, np.zeros_like(positions)], axis=1
-    )
-    return philox4x32(counter, np.stack([seeds & _MASK, seeds >> _SHIFT], axis=1))

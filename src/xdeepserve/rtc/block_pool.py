@@ -25,10 +25,6 @@ class BlockPool:
         """Blocks that nobody holds, cached ones included."""
         return len(self._free)
 
-    def is_free(self, block_id: int) -> bool:
-        """Whether nobody holds the block."""
-        return self._ref_counts[block_id] == 0
-
     def allocate(self) -> int:
         """Take the next free block with one reference; its former content is forfeit.
 

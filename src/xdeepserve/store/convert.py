@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,12 @@ TORCH_NAMES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def convert_gguf(
-    src: Path, dst: Path, *, dtype: str = "BF16", progress: Progress | None = None
+    src: Path,
+    dst: Path,
+    *,
+    dtype: str = "BF16",
+    progress: Progress | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """Write the GGUF file `src` as the Hugging Face folder `dst`.
 
@@ -29,6 +35,7 @@ def convert_gguf(
         dtype: "F32", "F16" or "BF16" on disk. BF16 by default: its rounding (2^-9) is far below
             the error of 4-bit blocks (about 2^-5), serving in bf16 then loses nothing more, and
             the folder is half as big as float32.
+        sampling: recommended sampling parameters, for generation_config.json.
 
     Raises:
         ModelFormatError: `src` is damaged or unsupported.
@@ -49,7 +56,7 @@ def convert_gguf(
         dst,
         config=config,
         tensors=plans,
-        files=_companion_files(GGUFFile(src), config),
+        files=_companion_files(GGUFFile(src), config, sampling or {}),
         on_progress=on_progress,
     )
 
@@ -71,7 +78,7 @@ def tokenizer_folder(path: Path) -> Path:
     with file_lock(parent / "lock", timeout_s=LOCK_TIMEOUT_S):
         if not folder.is_dir():
             with new_folder(folder) as temporary:
-                files = _companion_files(GGUFFile(checkpoint.files[0]), checkpoint.config)
+                files = _companion_files(GGUFFile(checkpoint.files[0]), checkpoint.config, {})
                 for name, content in files.items():
                     (temporary / name).write_bytes(content)
     return folder
@@ -81,8 +88,11 @@ def _loader(checkpoint: GGUFCheckpoint, name: str) -> Any:
     return lambda: checkpoint.tensor(name)
 
 
-def _companion_files(file: GGUFFile, config: dict[str, Any]) -> dict[str, bytes]:
-    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+def _companion_files(
+    file: GGUFFile, config: dict[str, Any], sampling: Mapping[str, float]
+) -> dict[str, bytes]:
+    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    generation = {**ends, **sampling}
     return {
         **tokenizer_files(file),
         "generation_config.json": json.dumps(generation).encode(),

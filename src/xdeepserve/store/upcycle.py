@@ -112,7 +112,9 @@ def _check(source: FileCheckpoint, src: Path, options: UpcycleOptions) -> None:
             "upcycled"
         )
     if not src.is_dir() or len(source.files) == 1:
-        raise ConfigError(f"{src} is a GGUF file; convert it to a folder with `models pull` first")
+        raise ConfigError(
+            f"{src} is a GGUF file; convert it to a folder with `models convert` first"
+        )
     spec = parse_spec(config)
     if config.get("attention_bias"):
         raise ConfigError(f"{src}: attention_bias=true is not supported when upcycling")

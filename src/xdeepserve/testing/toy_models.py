@@ -5,6 +5,8 @@ NumPy; golden vectors can be stored without the weights. A toy is a `Checkpoint`
 to a Hugging Face folder by whoever has a writer.
 """
 
+# size: one config and one table of shapes per family; split, they would be read together anyway
+
 from __future__ import annotations
 
 import zlib

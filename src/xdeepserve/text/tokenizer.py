@@ -35,6 +35,7 @@ class Tokenizer:
         special_token_ids: ids that are left out of text when special tokens are skipped.
         vocab_size: one more than the highest id.
         chat_template: source of the model's chat template, or None.
+        max_token_bytes: no token stands for more bytes of text.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class Tokenizer:
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        # Tokens are spelled with at least one byte for each byte that they stand for.
+        self.max_token_bytes = max(len(t.encode()) for t in backend.get_vocab())
         count = backend.get_vocab_size(with_added_tokens=True)
         self.vocab_size = max([count, *(i + 1 for i in added)])
 

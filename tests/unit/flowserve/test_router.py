@@ -1,5 +1,7 @@
 """RouterEngine over fakes: where requests go, and what becomes of those that lose their group."""
 
+# size: one scenario per test, all over the same fakes
+
 from __future__ import annotations
 
 import asyncio

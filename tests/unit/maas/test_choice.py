@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,14 @@ def test_stop_string_in_the_middle_of_a_step() -> None:
 def test_stop_string_can_be_kept() -> None:
     options = TextOptions(stops=StopAutomaton(["wo"]), include_stop=True)
     assert merge_deltas(_deltas(steps_of("one two three"), options)).text == "one two"
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "text"), [(0, "on"), (3, "on"), (4, "one tw"), (5, "one tw")]
+)
+def test_stop_strings_wait_for_min_tokens(min_tokens: int, text: str) -> None:
+    options = TextOptions(stops=StopAutomaton(["e", "o "]), min_tokens=min_tokens)
+    assert merge_deltas(_deltas(steps_of("one two three", step=1), options)).text == text
 
 
 def test_empty_deltas_are_recognised() -> None:

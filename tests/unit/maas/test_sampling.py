@@ -9,9 +9,10 @@ import pytest
 from tests.unit.maas.replay_engine import INFO
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import RequestError
-from xdeepserve.maas.sampling import choice_seed, sampling_params, stop_list
+from xdeepserve.maas.sampling import check_num_sequences, choice_seed, sampling_params, stop_list
 from xdeepserve.maas.schema import GenerationFields, ResponseFormat, StreamOptions
 from xdeepserve.messages import SamplingParams
+from xdeepserve.text.generation_config import SamplingDefaults
 
 CONFIG = GatewayConfig(max_n=4, max_stop=2, max_stop_length=5, max_logit_bias=2)
 
@@ -25,6 +26,7 @@ def _params(
         logprobs=logprobs,
         info=INFO,
         config=CONFIG,
+        defaults=SamplingDefaults(),
     )
 
 
@@ -36,7 +38,14 @@ def test_defaults() -> None:
 def test_default_output_limit_comes_from_the_config() -> None:
     config = GatewayConfig(default_max_tokens=9)
     fields = GenerationFields(model="m")
-    params = sampling_params(fields, max_tokens=None, logprobs=None, info=INFO, config=config)
+    params = sampling_params(
+        fields,
+        max_tokens=None,
+        logprobs=None,
+        info=INFO,
+        config=config,
+        defaults=SamplingDefaults(),
+    )
     assert params.max_tokens == 9
 
 
@@ -142,3 +151,20 @@ def test_stop_as_string_list_or_nothing() -> None:
         (),
         (),
     ]
+
+
+def test_one_request_cannot_fill_the_queue() -> None:
+    check_num_sequences(32, 8)
+    with pytest.raises(RequestError, match="256"):
+        check_num_sequences(128, 8)
+
+
+def test_the_models_own_defaults_fill_what_is_left_out() -> None:
+    defaults = SamplingDefaults(temperature=0.2, top_p=0.9, top_k=40, repetition_penalty=1.1)
+    limits = {"max_tokens": 5, "logprobs": None, "info": INFO, "config": CONFIG}
+    silent = sampling_params(GenerationFields(model="m"), defaults=defaults, **limits)
+    assert (silent.temperature, silent.top_p, silent.top_k) == (0.2, 0.9, 40)
+    assert (silent.repetition_penalty, silent.min_p) == (1.1, 0.0)
+    fields = GenerationFields(model="m", temperature=0, top_k=0, top_p=1.0)
+    asked = sampling_params(fields, defaults=defaults, **limits)
+    assert (asked.temperature, asked.top_p, asked.top_k) == (0, 1.0, 0)

@@ -10,7 +10,7 @@ from xdeepserve.models.build import ModelBuilder, build_model
 from xdeepserve.models.checkpoint_api import ArrayLoader, LinearLoader
 from xdeepserve.models.decoder import Model
 from xdeepserve.models.families import parse_spec
-from xdeepserve.models.quantize import dtype_policy
+from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.models.weights import InMemoryProvider, Weights
 from xdeepserve.ops import Array, PackedWeight, WeightDtype, get_ops
 from xdeepserve.testing.model_runner import SoloRunner
@@ -123,7 +123,7 @@ def test_precision_of_each_weight() -> None:
 
 def test_single_units_can_be_built() -> None:
     checkpoint = toy_checkpoint("glm4_moe")
-    weights = Weights(InMemoryProvider(OPS), checkpoint, dtype_policy(WeightDtype.BF16))
+    weights = Weights(InMemoryProvider(OPS), checkpoint, DtypePolicy(WeightDtype.BF16, 4))
     builder = ModelBuilder(parse_spec(checkpoint.config), weights, OPS, max_positions=64)
     assert builder.experts(0) is None
     experts = builder.experts(1)

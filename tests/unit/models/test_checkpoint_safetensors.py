@@ -318,3 +318,22 @@ def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     llama_folder(tmp_path / "m")
     with pytest.raises(ConfigError, match="exists already"):
         llama_folder(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"eos_token_id": [7, 2]}, [2, 7]),
+        ({"eos_token_id": 9}, [2, 9]),
+        ({"eos_token_id": None}, [2]),
+        ({}, [2]),
+    ],
+)
+def test_eos_ids_of_generation_config_are_joined(
+    generation: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    folder = llama_folder(tmp_path / "m")
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config["eos_token_id"] == expected
+    assert folder / "generation_config.json" in checkpoint.files

@@ -43,10 +43,3 @@ def test_uniform_covers_the_unit_interval_evenly() -> None:
     assert numbers.max() < 1.0
     counts = np.histogram(numbers, bins=10, range=(0, 1))[0]
     assert (np.abs(counts - 10_000) < 400).all()  # 4 standard deviations
-
-
-def test_derived_seeds_differ_and_wrap() -> None:
-    seeds = [rng.derive_seed(5, i) for i in range(100)]
-    assert len(set(seeds)) == 100
-    assert all(0 <= seed < 2**64 for seed in seeds)
-    assert rng.derive_seed(5 + 2**64, 3) == seeds[3]
