@@ -15,6 +15,7 @@ from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import ConfigError, ModelFormatError
 from xdeepserve.maas.app import create_app
 from xdeepserve.messages import FinishReason
+from xdeepserve.text.generation_config import SamplingDefaults
 
 ASK: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 RENDERED = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -268,3 +269,21 @@ def test_template_that_does_not_compile_stops_the_start() -> None:
 def test_no_served_name_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="model_names"):
         make_app(ReplayEngine(), model_names=[])
+
+
+async def test_the_models_own_sampling_defaults_reach_the_engine() -> None:
+    engine = ReplayEngine(steps_of("x"))
+    defaults = SamplingDefaults(temperature=0.2, top_p=0.9)
+    app = create_app(
+        engine, byte_tokenizer(), GatewayConfig(), model_names=[MODEL], defaults=defaults
+    )
+    async with sdk_client(app) as client:
+        await client.chat.completions.create(**ASK, top_p=0.5)
+    params = engine.requests[0].params
+    assert (params.temperature, params.top_p) == (0.2, 0.5)
+
+
+async def test_choices_of_one_conversation_are_bounded() -> None:
+    async with plain_client(make_app(ReplayEngine(), config=GatewayConfig(max_n=300))) as client:
+        reply = await client.post("/v1/chat/completions", json={**ASK, "n": 257})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "n")

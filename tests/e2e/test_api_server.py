@@ -205,6 +205,14 @@ async def test_unfinished_heads_are_closed(head: bytes, monkeypatch: pytest.Monk
         assert await asyncio.wait_for(connection.rest(), 5) == b""
 
 
+async def test_an_unfinished_second_head_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoundedHttpProtocol, "head_timeout_s", 0.05)
+    async with _running(ReplayEngine()) as running, _connect(running.port) as connection:
+        connection.writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET / HT")
+        assert await connection.status() == 200
+        await asyncio.wait_for(connection.rest(), 5)
+
+
 async def test_a_long_body_is_no_long_header() -> None:
     engine = ReplayEngine(steps_of("ok"))
     async with _running(engine) as running, _connect(running.port) as connection:

@@ -17,6 +17,8 @@ T = TypeVar("T")
 READ_TIMEOUT_S = 60.0
 MAX_LENGTH_DIGITS = 18
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+_HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
+LONE_SURROGATE = "a string has half of a surrogate pair (\\ud800 to \\udfff) without the other half"
 _MISSING = re.compile(r"^Object missing required field `(\w+)`$")
 
 
@@ -66,11 +68,19 @@ def parse_json(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as exc:
         raise _type_error(str(exc)) from exc
     except msgspec.DecodeError as exc:
-        raise RequestError(f"the body is not valid JSON: {exc}", code="invalid_json") from exc
+        reason = LONE_SURROGATE if _is_lone_surrogate(body, str(exc)) else str(exc)
+        raise RequestError(f"the body is not valid JSON: {reason}", code="invalid_json") from exc
     except UnicodeDecodeError as exc:
         raise RequestError(f"the body is not UTF-8: {exc.reason}", code="invalid_json") from exc
     except RecursionError as exc:
         raise RequestError("the body is nested too deeply", code="invalid_json") from exc
+
+
+def _is_lone_surrogate(body: bytes, message: str) -> bool:
+    """msgspec calls a high surrogate within six bytes of the end truncated input."""
+    if "surrogate" in message:
+        return True
+    return "truncated" in message and _HIGH_SURROGATE.search(body[-11:]) is not None
 
 
 def _type_error(message: str) -> RequestError:

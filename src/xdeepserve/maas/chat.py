@@ -12,11 +12,12 @@ from starlette.responses import Response
 from xdeepserve.errors import RequestError
 from xdeepserve.maas.body import parse_json, read_body
 from xdeepserve.maas.choice import ChoiceDelta
+from xdeepserve.maas.disconnect import unless_disconnected
 from xdeepserve.maas.gateway import Gateway, gateway_of, new_request_id
 from xdeepserve.maas.generation import GenerationPlan, UsageTotals
 from xdeepserve.maas.logprobs import chat_logprobs
 from xdeepserve.maas.prompts import PromptEncoder, template_messages
-from xdeepserve.maas.sampling import cache_salt, sampling_params
+from xdeepserve.maas.sampling import cache_salt, check_num_sequences, sampling_params
 from xdeepserve.maas.schema import (
     AssistantMessage,
     ChatChoice,
@@ -38,7 +39,7 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, max_bytes=gateway.config.max_body_bytes)
     chat = parse_json(body, ChatCompletionRequest)
     gateway.admit(chat.model)
-    plan = await _plan(chat, gateway, arrived_s)
+    plan = await unless_disconnected(request.receive, _plan(chat, gateway, arrived_s))
     request_id = new_request_id("chatcmpl")
     return GenerationResponse(
         gateway=gateway,
@@ -60,6 +61,7 @@ async def _plan(chat: ChatCompletionRequest, gateway: Gateway, arrived_s: float)
         config=gateway.config,
         defaults=gateway.defaults,
     )  # fmt: skip
+    check_num_sequences(1, chat.n or 1)
     options = gateway.text_options(chat)
     messages = template_messages(chat.messages, max_messages=gateway.config.max_messages)
     text = await _prompt_text(chat, messages, gateway.prompts)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from xdeepserve.errors import RequestError
 from xdeepserve.maas.body import parse_json, read_body
 from xdeepserve.maas.choice import ChoiceDelta
+from xdeepserve.maas.disconnect import unless_disconnected
 from xdeepserve.maas.gateway import Gateway, gateway_of, new_request_id
 from xdeepserve.maas.generation import GenerationPlan, UsageTotals
 from xdeepserve.maas.logprobs import completion_logprobs
@@ -39,29 +40,35 @@ async def create_completion(request: Request) -> Response:
     body = await read_body(request, max_bytes=gateway.config.max_body_bytes)
     completion = parse_json(body, CompletionRequest)
     gateway.admit(completion.model)
-    params = _checked_params(completion, gateway)
-    options = gateway.text_options(completion)
-    prompts = split_prompts(completion.prompt, max_prompts=gateway.config.max_prompts)
-    check_num_sequences(len(prompts), completion.n or 1)
-    fitted = [await _encode(prompt, params, gateway) for prompt in prompts]
-    echoes = [await _echo(prompt, gateway) for prompt in prompts] if completion.echo else []
+    plan, echoes = await unless_disconnected(request.receive, _plan(completion, gateway, arrived_s))
     request_id = new_request_id("cmpl")
-    num_choices = completion.n or 1
     return GenerationResponse(
         gateway=gateway,
-        plan=GenerationPlan(
-            prompts=fitted,
-            num_choices=num_choices,
-            options=options,
-            arrived_s=arrived_s,
-            cache_salt=cache_salt(completion.cache_salt),
-        ),
-        reply=CompletionReply(
-            completion, gateway, request_id, [echo for echo in echoes for _ in range(num_choices)]
-        ),
+        plan=plan,
+        reply=CompletionReply(completion, gateway, request_id, echoes),
         request_id=request_id,
         is_stream=bool(completion.stream),
     )
+
+
+async def _plan(
+    completion: CompletionRequest, gateway: Gateway, arrived_s: float
+) -> tuple[GenerationPlan, list[str]]:
+    """What to run, and the text in front of each choice (none without `echo`)."""
+    params = _checked_params(completion, gateway)
+    options = gateway.text_options(completion)
+    prompts = split_prompts(completion.prompt, max_prompts=gateway.config.max_prompts)
+    num_choices = completion.n or 1
+    check_num_sequences(len(prompts), num_choices)
+    plan = GenerationPlan(
+        prompts=[await _encode(prompt, params, gateway) for prompt in prompts],
+        num_choices=num_choices,
+        options=options,
+        arrived_s=arrived_s,
+        cache_salt=cache_salt(completion.cache_salt),
+    )
+    echoes = [await _echo(prompt, gateway) for prompt in prompts] if completion.echo else []
+    return plan, [echo for echo in echoes for _ in range(num_choices)]
 
 
 def _checked_params(completion: CompletionRequest, gateway: Gateway) -> SamplingParams:

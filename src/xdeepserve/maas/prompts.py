@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from xdeepserve.errors import CapacityError, RequestError
+from xdeepserve.errors import CapacityError, PayloadTooLarge, RequestError
 from xdeepserve.maas.sampling import check_token_ids
 from xdeepserve.maas.schema import ChatMessage
 from xdeepserve.messages import EngineInfo, SamplingParams
@@ -22,7 +22,12 @@ from xdeepserve.text.tokenizer import Tokenizer
 T = TypeVar("T")
 
 NUM_THREADS = 2
-MAX_QUEUED = 256
+MAX_QUEUED_SIZE = 8 << 20
+"""Characters (ids when decoding) handed to the threads at a time: a few seconds of work."""
+MIN_QUEUED_SIZE = MAX_QUEUED_SIZE // 256
+"""What the smallest work counts as, so that its number is bounded too."""
+MAX_TOKENIZE_BYTES = 1 << 20
+"""Longest text for /tokenize, which may be longer than the context."""
 INLINE_CHARS = 4096
 """Texts up to this long are tokenized on the event loop (under a few milliseconds)."""
 
@@ -42,7 +47,7 @@ class PromptEncoder:
         self._info = info
         self._max_text_bytes = info.max_model_len * tokenizer.max_token_bytes
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="xds-text")
-        self._num_queued = 0
+        self._queued_size = 0
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
         """Token ids of a text.
@@ -55,11 +60,29 @@ class PromptEncoder:
             CapacityError: too many long texts are waiting.
         """
         self._check_length(len(text.encode()), param)
+        return await self._encode(text, add_special_tokens)
 
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text that need not fit into the context.
+
+        Raises:
+            PayloadTooLarge: the text is longer than MAX_TOKENIZE_BYTES.
+            CapacityError: too many long texts are waiting.
+        """
+        num_bytes = len(text.encode())
+        if num_bytes > MAX_TOKENIZE_BYTES:
+            raise PayloadTooLarge(
+                f"the text has {num_bytes} bytes; at most {MAX_TOKENIZE_BYTES} are tokenized "
+                "at a time; split it",
+                code="request_too_large",
+            )
+        return await self._encode(text, add_special_tokens)
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         def work() -> list[int]:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-        return work() if len(text) <= INLINE_CHARS else await self._off_loop(work)
+        return work() if len(text) <= INLINE_CHARS else await self._off_loop(work, len(text))
 
     async def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens included.
@@ -72,7 +95,8 @@ class PromptEncoder:
         def work() -> str:
             return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
-        return work() if len(token_ids) <= INLINE_CHARS else await self._off_loop(work)
+        size = len(token_ids)
+        return work() if size <= INLINE_CHARS else await self._off_loop(work, size)
 
     async def render_chat(
         self,
@@ -87,7 +111,8 @@ class PromptEncoder:
             RequestError: the model has no chat template, or it refused the messages, or they
                 cannot fit into the context.
         """
-        self._check_length(sum(len(m["content"].encode()) for m in messages), "messages")
+        num_bytes = sum(len(m["content"].encode()) for m in messages)
+        self._check_length(num_bytes, "messages")
         template = self._template
         if template is None:
             raise RequestError(
@@ -99,7 +124,7 @@ class PromptEncoder:
                 messages, add_generation_prompt=add_generation_prompt, variables=variables
             )
 
-        return await self._off_loop(work)
+        return await self._off_loop(work, num_bytes)
 
     def _check_length(self, num_bytes: int, param: str) -> None:
         """Refuse what is too long before work goes into it."""
@@ -143,16 +168,16 @@ class PromptEncoder:
         if self._template is not None:
             self._template.close()
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        if self._num_queued >= MAX_QUEUED:
-            raise CapacityError(f"{MAX_QUEUED} prompts are being tokenized; try again")
-        self._num_queued += 1
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        future.add_done_callback(self._on_done)
-        return await future
-
-    def _on_done(self, _: asyncio.Future[T]) -> None:
-        self._num_queued -= 1
+    async def _off_loop(self, work: Callable[[], T], size: int) -> T:
+        """Run in a thread; work that has not begun is dropped when the caller is cancelled."""
+        size = max(size, MIN_QUEUED_SIZE)
+        if self._queued_size and self._queued_size + size > MAX_QUEUED_SIZE:
+            raise CapacityError("too much text is waiting to be tokenized; try again")
+        self._queued_size += size
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._queued_size -= size
 
 
 def template_messages(messages: list[ChatMessage], *, max_messages: int) -> list[dict[str, Any]]:

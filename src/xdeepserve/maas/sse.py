@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -17,13 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from xdeepserve.errors import XDeepServeError
 from xdeepserve.maas.choice import ChoiceDelta, merge_deltas
+from xdeepserve.maas.disconnect import unless_disconnected
 from xdeepserve.maas.gateway import Gateway
 from xdeepserve.maas.generation import Generation, GenerationPlan, UsageTotals
 from xdeepserve.maas.http_errors import ClientGone, error_body, internal_error
 from xdeepserve.maas.schema import PromptTokensDetails, UsageInfo
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 SEND_TIMEOUT_S = 60.0
 DONE = b"data: [DONE]\n\n"
@@ -63,30 +63,6 @@ def usage_info(totals: UsageTotals) -> UsageInfo:
 def event(payload: msgspec.Struct) -> bytes:
     """One SSE event."""
     return b"data: " + msgspec.json.encode(payload) + b"\n\n"
-
-
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Result of `work`; it is cancelled, and has ended, when the client goes away first.
-
-    Raises:
-        ClientGone: the client closed the connection.
-    """
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_wait_for_disconnect(receive))
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class GenerationResponse(Response):

@@ -7,6 +7,7 @@ from starlette.responses import Response
 
 from xdeepserve.errors import RequestError
 from xdeepserve.maas.body import parse_json, read_body
+from xdeepserve.maas.disconnect import unless_disconnected
 from xdeepserve.maas.gateway import Gateway, gateway_of
 from xdeepserve.maas.models import json_reply
 from xdeepserve.maas.prompts import template_messages
@@ -25,12 +26,15 @@ async def tokenize(request: Request) -> Response:
     wanted = parse_json(body, TokenizeRequest)
     if wanted.model is not None:
         gateway.check_model(wanted.model)
+    tokens = await unless_disconnected(request.receive, _tokens(wanted, gateway))
+    return json_reply(TokenizeReply(len(tokens), gateway.engine.info.max_model_len, tokens))
+
+
+async def _tokens(wanted: TokenizeRequest, gateway: Gateway) -> list[int]:
     text, is_chat = await _text(wanted, gateway)
     # A chat template writes BOS itself.
     special = not is_chat if wanted.add_special_tokens is None else wanted.add_special_tokens
-    param = "messages" if is_chat else "prompt"
-    tokens = await gateway.prompts.encode(text, add_special_tokens=special, param=param)
-    return json_reply(TokenizeReply(len(tokens), gateway.engine.info.max_model_len, tokens))
+    return await gateway.prompts.tokenize(text, add_special_tokens=special)
 
 
 async def _text(wanted: TokenizeRequest, gateway: Gateway) -> tuple[str, bool]:
@@ -53,4 +57,5 @@ async def detokenize(request: Request) -> Response:
     wanted = parse_json(body, DetokenizeRequest)
     if wanted.model is not None:
         gateway.check_model(wanted.model)
-    return json_reply(DetokenizeReply(await gateway.prompts.decode(wanted.tokens)))
+    work = gateway.prompts.decode(wanted.tokens)
+    return json_reply(DetokenizeReply(await unless_disconnected(request.receive, work)))

@@ -55,8 +55,10 @@ class Tokenizer:
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
-        # Tokens are spelled with at least one byte for each byte that they stand for.
-        self.max_token_bytes = max(len(t.encode()) for t in backend.get_vocab())
+        # Added tokens are found in a text as they are spelled, whatever the decoder.
+        lengths = [len(token.content.encode()) for token in added.values()]
+        lengths += [len(self._to_bytes(token)) for token in backend.get_vocab()]
+        self.max_token_bytes = max([1, *lengths])
         count = backend.get_vocab_size(with_added_tokens=True)
         self.vocab_size = max([count, *(i + 1 for i in added)])
 

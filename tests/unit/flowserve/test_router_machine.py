@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.unit.flowserve.builders import make_request
 from tests.unit.flowserve.fake_engine import INFO, FakeEngine
@@ -71,17 +71,27 @@ class RouterMachine(RuleBasedStateMachine):
         self.reading[request_id] = loop.create_task(self._read(request_id, prompt))
         self.settle()
 
-    @rule(pick=picks)
-    def emit(self, pick: int) -> None:
-        if homes := self.homes():
-            name, attempt = homes[pick % len(homes)]
-            self.engines[name].emit(attempt)
-            self.settle()
+    @initialize()
+    def start_busy(self) -> None:
+        for length in range(1, 7):
+            self.submit([3 + length] * length)
 
-    @rule(name=names)
-    def die(self, name: str) -> None:
-        if name in self.engines:
-            self.engines[name].die()
+    @rule(chosen=st.lists(picks, min_size=1, max_size=8))
+    def emit(self, chosen: list[int]) -> None:
+        for pick in chosen:
+            if homes := self.homes():
+                name, attempt = homes[pick % len(homes)]
+                self.engines[name].emit(attempt)
+        self.settle()
+
+    @rule(pick=picks, comes_back=st.booleans())
+    def die(self, pick: int, comes_back: bool) -> None:
+        """Kill a group that has requests."""
+        if homes := self.homes():
+            engine = self.engines[homes[pick % len(homes)][0]]
+            engine.die()
+            if comes_back:
+                engine.revive()
             self.settle()
 
     @rule(name=names)

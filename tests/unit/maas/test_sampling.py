@@ -9,7 +9,13 @@ import pytest
 from tests.unit.maas.replay_engine import INFO
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import RequestError
-from xdeepserve.maas.sampling import check_num_sequences, choice_seed, sampling_params, stop_list
+from xdeepserve.maas.sampling import (
+    cache_salt,
+    check_num_sequences,
+    choice_seed,
+    sampling_params,
+    stop_list,
+)
 from xdeepserve.maas.schema import GenerationFields, ResponseFormat, StreamOptions
 from xdeepserve.messages import SamplingParams
 from xdeepserve.text.generation_config import SamplingDefaults
@@ -151,6 +157,13 @@ def test_stop_as_string_list_or_nothing() -> None:
         (),
         (),
     ]
+
+
+def test_cache_salt_is_bounded() -> None:
+    assert [cache_salt(salt) for salt in (None, "a", "é" * 256)] == ["", "a", "é" * 256]
+    for salt in ("", "a" * 257):
+        with pytest.raises(RequestError, match="256"):
+            cache_salt(salt)
 
 
 def test_one_request_cannot_fill_the_queue() -> None:

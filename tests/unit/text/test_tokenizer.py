@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from tests.unit.text.byte_tokenizer import (
     BOS,
@@ -22,6 +23,7 @@ from tests.unit.text.byte_tokenizer import (
     trained_backend,
 )
 from xdeepserve.errors import ModelFormatError
+from xdeepserve.text.token_bytes import BYTE_ALPHABET
 from xdeepserve.text.tokenizer import MAX_TEMPLATE_CHARS, Tokenizer
 
 BYTES = byte_tokenizer()
@@ -145,3 +147,12 @@ def test_sentencepiece_bytes_keep_the_first_space(text: str) -> None:
     token_ids = SENTENCEPIECE.encode(text)
     if text and "▁" not in text:
         assert b"".join(map(SENTENCEPIECE.token_bytes, token_ids)) == f" {text}".encode()
+
+
+def test_longest_token_is_measured_in_bytes_of_text() -> None:
+    vocab = {**BYTE_ALPHABET, "Ġ" * 20: 256}  # a stand-in of two bytes for each space
+    backend = Backend(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    assert Tokenizer(backend).max_token_bytes == 20
+    backend.add_tokens(["é" * 11])
+    assert Tokenizer(backend).max_token_bytes == 22
