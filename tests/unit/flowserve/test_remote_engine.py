@@ -289,10 +289,14 @@ async def test_counters_go_on_over_a_restart_and_another_model_is_not_taken(
     )
     peer.say(load=busy)
     await until(lambda: engine.load().num_steps == 7)
+    lost = engine.generate(request=make_request("a"))
     await peer.server.close()
     await until(lambda: not engine.is_alive())
     gone = engine.load()
-    assert (gone.num_steps, gone.num_running, gone.num_total_blocks) == (7, 0, 0)
+    assert (gone.num_steps, gone.num_running, gone.num_waiting) == (7, 0, 0)
+    assert (gone.num_total_blocks, gone.num_reserved_blocks) == (0, 0)
+    with pytest.raises(EngineDeadError):
+        await collect(lost)
     successor = Peerless(peer.server.path)
     successor.info = msgspec.structs.replace(INFO, model="another")
     with caplog.at_level(logging.ERROR):
