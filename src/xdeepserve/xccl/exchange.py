@@ -39,6 +39,11 @@ class Part:
     detail: int
 
 
+def make_part(rank: int, state: PartState, detail: int) -> Part:
+    """A part; only a refusal has a detail, whatever an earlier answer left in its slot."""
+    return Part(rank, state, detail if state is PartState.REFUSED else 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """An answer, in place until the exchange is released.
@@ -99,7 +104,7 @@ class Exchange(_xccl.Exchange):
     @property
     def parts(self) -> list[Part]:
         """Ranks, states and refusals, in the order in which parts were planned."""
-        return [Part(rank, PartState(state), detail) for rank, state, detail in self.part_states()]
+        return [make_part(rank, PartState(s), detail) for rank, s, detail in self.part_states()]
 
     @property
     def refused_ranks(self) -> list[int]:

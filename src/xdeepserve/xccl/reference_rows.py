@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xdeepserve.errors import PeerLost, XcclError, XcclTimeout
-from xdeepserve.xccl.exchange import Part, PartState, Reply
+from xdeepserve.xccl.exchange import Part, PartState, Reply, make_part
 from xdeepserve.xccl.layout import Layout, Tag
 
 Array = npt.NDArray[Any]
@@ -284,7 +284,9 @@ class ReferenceExchange:
     @property
     def parts(self) -> list[Part]:
         """As Exchange.parts."""
-        return [Part(p.rank, p.state, p.request.detail if p.request else 0) for p in self._parts]
+        return [
+            make_part(p.rank, p.state, p.request.detail if p.request else 0) for p in self._parts
+        ]
 
     def replies(self) -> list[Reply]:
         """As Exchange.replies."""
