@@ -22,8 +22,8 @@ from xdeepserve.messages import (
     Usage,
 )
 
-GroupFactory = Callable[[EngineConfig, int], DPGroup]
-"""(config, number of microbatches) -> a fresh, unstarted DP group."""
+GroupFactory = Callable[[EngineConfig], DPGroup]
+"""config -> a fresh, unstarted DP group."""
 
 NUM_TOP_LOGPROBS = 3
 
@@ -115,7 +115,7 @@ def solo(make_group: GroupFactory, requests: Sequence[GenerateRequest]) -> dict[
     """Each request in an engine of its own, unchunked: what every other setting must equal."""
     wide = config()
     return {
-        item.request_id: generate(make_group(wide, 1), [item])[item.request_id].content
+        item.request_id: generate(make_group(wide), [item])[item.request_id].content
         for item in requests
     }
 
@@ -124,7 +124,7 @@ def check_alone_equals_batched(
     make_group: GroupFactory, requests: Sequence[GenerateRequest], expected: dict[str, Any]
 ) -> None:
     """In one batch with all others."""
-    group = make_group(config(max_num_seqs=len(requests)), 1)
+    group = make_group(config(max_num_seqs=len(requests)))
     assert contents(generate(group, requests)) == expected
 
 
@@ -136,7 +136,7 @@ def check_any_chunk_size(
 ) -> None:
     """Prompts computed in chunks of any size."""
     for size in chunk_sizes:
-        group = make_group(config(max_num_seqs=size, max_num_batched_tokens=size), 1)
+        group = make_group(config(max_num_seqs=size, max_num_batched_tokens=size))
         assert contents(generate(group, requests)) == expected, f"chunk size {size}"
 
 
@@ -144,7 +144,7 @@ def check_prefix_hit_equals_recompute(
     make_group: GroupFactory, requests: Sequence[GenerateRequest], expected: dict[str, Any]
 ) -> None:
     """Prompt KV found in the cache: written by an earlier run, prompt and output blocks alike."""
-    group = make_group(config(), 1)
+    group = make_group(config())
     generate(group, requests)
     again = generate(group, requests)
     assert contents(again) == expected
@@ -159,12 +159,12 @@ def check_decoded_kv_equals_prefilled(make_group: GroupFactory, item: GenerateRe
         item,
         params=msgspec.structs.replace(item.params, max_tokens=2 * block_size, ignore_eos=True),
     )
-    group = make_group(config(), 1)
+    group = make_group(config())
     answer = generate(group, [first])[first.request_id].token_ids
     prompt = [*item.prompt_token_ids, *answer, 5]
     turn = request("turn", prompt)
     cached = generate(group, [turn])["turn"]
-    fresh = generate(make_group(config(prefix_caching=False), 1), [turn])["turn"]
+    fresh = generate(make_group(config(prefix_caching=False)), [turn])["turn"]
     assert cached.usage is not None
     assert cached.usage.num_cached_tokens > len(item.prompt_token_ids)
     assert cached.content == fresh.content
@@ -185,7 +185,7 @@ def check_preempted_equals_undisturbed(
     expected = solo(make_group, short)
     for prefix_caching in (True, False):
         tiny = config(num_kv_blocks=6, prefix_caching=prefix_caching, max_model_len=48)
-        group = make_group(tiny, 1)
+        group = make_group(tiny)
         assert contents(generate(group, short)) == expected
         assert group.load().num_preemptions > 0, "nothing was preempted; nothing was checked"
 
@@ -195,11 +195,11 @@ def check_microbatches(
 ) -> None:
     """Steps split into interleaved microbatches."""
     for count in (2, 3):
-        group = make_group(config(max_num_batched_tokens=64), count)
+        group = make_group(config(max_num_batched_tokens=64, num_microbatches=count))
         assert contents(generate(group, requests)) == expected, f"{count} microbatches"
 
 
 def check_two_runs(make_group: GroupFactory, requests: Sequence[GenerateRequest]) -> None:
     """The same engine set up twice."""
-    runs = [contents(generate(make_group(config(), 1), requests)) for _ in range(2)]
+    runs = [contents(generate(make_group(config()), requests)) for _ in range(2)]
     assert runs[0] == runs[1]

@@ -63,11 +63,12 @@ Status Exchange::post() {
 bool Exchange::collect() {
   bool complete = true;
   for (Part& part : parts_) {
-    if (part.state == PartState::kWaiting) {
-      if (core_.peer(part.rank).incarnation != part.incarnation) {
-        part.state = PartState::kLost;
-      } else if (const Status status = asker_.reply(part.rank, part.seq, part.reply);
-                 status != Status::kPending) {
+    const bool is_sent = part.state == PartState::kWaiting || part.state == PartState::kAnswered;
+    if (is_sent && core_.peer(part.rank).incarnation != part.incarnation) {
+      part.state = PartState::kLost;  // an answer too: it lies in a segment that was replaced
+    } else if (part.state == PartState::kWaiting) {
+      if (const Status status = asker_.reply(part.rank, part.seq, part.reply);
+          status != Status::kPending) {
         const bool is_answer = status == Status::kOk && part.reply->tag == part.tag &&
                                part.reply->code == static_cast<uint16_t>(ReplyCode::kAnswer);
         part.state = is_answer ? PartState::kAnswered : PartState::kRefused;
@@ -114,6 +115,7 @@ bool Exchange::map_slots(uint32_t width, uint32_t num_slots) const {
   for (const Part& part : parts_) {
     if (part.state == PartState::kMoved) continue;
     if (part.state != PartState::kAnswered) return false;
+    if (core_.peer(part.rank).incarnation != part.incarnation) return false;
     if (part.num_pairs == 0) continue;
     const ReplyHeader& reply = *part.reply;
     const auto type = static_cast<RowType>(reply.row_type);

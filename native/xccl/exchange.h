@@ -4,7 +4,7 @@
 //
 //   part:  PLANNED --post--> WAITING --answer--> ANSWERED | REFUSED
 //             |                 |
-//             +-----------------+--rank lost or not attached--> LOST
+//             +-----------------+--rank lost or not attached--> LOST <--rank replaced-- ANSWERED
 //   any of PLANNED, WAITING, REFUSED, LOST --reroute--> MOVED (its pairs are in new parts)
 #pragma once
 

@@ -33,6 +33,9 @@ def _require_positive(config: object, *names: str) -> None:
 MAX_THREADS = 1024
 """What the native thread pool takes."""
 
+MAX_MICROBATCHES = 4
+"""More are more exchanges under way than a pair of ranks has slots for."""
+
 DTYPES = ("auto", "float32", "bf16", "int8")
 
 
@@ -73,6 +76,9 @@ class EngineConfig:
     kv_cache_bytes: int = option(1 << 30, "Bytes of KV cache; decides the number of blocks.")
     num_kv_blocks: int = option(0, "Number of KV blocks; 0 = from kv_cache_bytes.")
     prefix_caching: bool = option(True, "Reuse KV of equal prompt prefixes of one cache salt.")
+    num_microbatches: int = option(
+        0, "Parts of a step under way at once, to overlap workers; 0 = by measured times."
+    )
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -80,6 +86,10 @@ class EngineConfig:
             "kv_cache_bytes",
         )  # fmt: skip
         _require(self.max_model_len >= 0, f"max_model_len={self.max_model_len} must be >= 0")
+        _require(
+            0 <= self.num_microbatches <= MAX_MICROBATCHES,
+            f"num_microbatches={self.num_microbatches} must be between 0 and {MAX_MICROBATCHES}",
+        )
         _require(self.num_kv_blocks >= 0, f"num_kv_blocks={self.num_kv_blocks} must be >= 0")
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,

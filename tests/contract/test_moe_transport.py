@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
+from tests.module_threads import ModuleThreads
 from tests.toys import toy_model
 from xdeepserve.errors import IntegrityError
 from xdeepserve.models.decoder import Model, local_ffn
 from xdeepserve.models.moe import FfnCall
 from xdeepserve.ops import F32, I32
 from xdeepserve.testing.toy_models import pseudo_random
-from xdeepserve.transformerless.local_transport import LocalTransport, colocated
+from xdeepserve.transformerless.local_transport import LocalTransport
 from xdeepserve.transformerless.moe_transport import DispatchHandle, MoeTransport, StepTag
 from xdeepserve.transformerless.partition import partition
-from xdeepserve.transformerless.routing import LiveRouting, RoutingTable
+from xdeepserve.transformerless.stage_times import StageTimes
 
 MODELS = ("glm4_moe", "deepseek_v3", "mixtral", "llama")
 
-
-def one_host(model: Model) -> MoeTransport:
-    return colocated(model)[0]
-
-
-def replicated_hosts(model: Model) -> MoeTransport:
-    """Three hosts whose ranges overlap, so that some experts have two replicas."""
-    num_experts = 0 if model.spec.moe is None else model.spec.moe.gate.num_experts
-    if num_experts == 0:
-        return one_host(model)
-    half = num_experts // 2
-    ranges = [(0, half), (half - 1, num_experts), (1, 3)]
-    placed = [expert for start, stop in ranges for expert in range(start, stop)]
-    table = RoutingTable.from_physical(
-        [placed] * model.spec.num_layers, num_experts=num_experts, epoch=3
-    )
-    return LocalTransport(units=partition(model), routing=LiveRouting(table), expert_ranges=ranges)
+WORLDS: dict[str, tuple[int, int, int]] = {
+    "1F": (1, 0, 0),
+    "1E": (0, 1, 0),
+    "2F2E": (2, 2, 0),
+    "1F3E with replicas": (1, 3, 2),
+}
+"""Name -> FFN servers, expert servers, redundant experts on each."""
 
 
-@pytest.fixture(params=[one_host, replicated_hosts], ids=lambda make: make.__name__)
-def make_transport(request: pytest.FixtureRequest) -> Callable[[Model], MoeTransport]:
-    return request.param
+def placement(num_experts: int, num_servers: int, num_replicas: int) -> list[list[int]]:
+    """Equal slices, padded, and after each the first experts that follow."""
+    if not num_experts or not num_servers:
+        return []
+    size = -(-num_experts // num_servers)
+    rows = []
+    for start in range(0, size * num_servers, size):
+        own = [e if e < num_experts else -1 for e in range(start, start + size)]
+        rows.append(own + [(start + size + i) % num_experts for i in range(num_replicas)])
+    return rows
+
+
+@pytest.fixture(params=["local", *WORLDS])
+def make_transport(
+    request: pytest.FixtureRequest,
+) -> Iterator[Callable[[Model], MoeTransport]]:
+    worlds: list[ModuleThreads] = []
+
+    def make(model: Model) -> MoeTransport:
+        if request.param == "local":
+            return LocalTransport(partition(model), stage_times=StageTimes())
+        num_ffn, num_servers, num_replicas = WORLDS[request.param]
+        moe = model.spec.moe
+        num_experts = 0 if moe is None else moe.gate.num_experts
+        world = ModuleThreads(
+            model,
+            num_ffn=num_ffn,
+            placement=placement(num_experts, num_servers, num_replicas),
+        )
+        worlds.append(world)
+        return world.transport()
+
+    yield make
+    for world in worlds:
+        world.close()
 
 
 def make_call(model: Model, layer_idx: int, num_tokens: int = 7) -> FfnCall:
@@ -59,7 +82,7 @@ def make_call(model: Model, layer_idx: int, num_tokens: int = 7) -> FfnCall:
 
 
 def dispatch(transport: MoeTransport, call: FfnCall, microbatch_idx: int = 0) -> DispatchHandle:
-    tag = StepTag(epoch=3, step_idx=5, layer_idx=call.layer_idx, microbatch_idx=microbatch_idx)
+    tag = StepTag(step_idx=5, layer_idx=call.layer_idx, microbatch_idx=microbatch_idx)
     return transport.dispatch(
         tag=tag,
         hidden_states=call.hidden_states,
@@ -98,7 +121,7 @@ def test_a_handle_carries_its_tag_and_is_used_once(
     model = toy_model("glm4_moe")
     transport = make_transport(model)
     handle = dispatch(transport, make_call(model, 1))
-    assert handle.tag == StepTag(epoch=3, step_idx=5, layer_idx=1, microbatch_idx=0)
+    assert handle.tag == StepTag(step_idx=5, layer_idx=1, microbatch_idx=0)
     transport.combine(handle)
     with pytest.raises(IntegrityError, match="already"):
         transport.combine(handle)
@@ -108,7 +131,7 @@ def test_a_handle_carries_its_tag_and_is_used_once(
 
 def test_a_foreign_handle_is_refused(make_transport: Callable[[Model], MoeTransport]) -> None:
     class Foreign:
-        tag = StepTag(epoch=0, step_idx=0, layer_idx=1, microbatch_idx=0)
+        tag = StepTag(step_idx=0, layer_idx=1, microbatch_idx=0)
 
     with pytest.raises(IntegrityError, match="another transport"):
         make_transport(toy_model("glm4_moe")).combine(Foreign())

@@ -58,7 +58,9 @@ def make_service(attention: int, expert: int, **supervision: float) -> ServiceCo
     return ServiceConfig(
         model_path="none",
         model_name="none",
-        shape=ModelShape(name="none", num_experts=8, has_ffn=True),
+        shape=ModelShape(
+            name="none", num_experts=8, has_ffn=True, num_layers=2, hidden_size=64, top_k=2
+        ),
         deployment=deployment,
         bodies=dict.fromkeys(ROLES, "xdeepserve.testing.worker_body:make_body"),
     )

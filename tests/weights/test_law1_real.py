@@ -29,10 +29,8 @@ def _requests(model: Model) -> list[GenerateRequest]:
 
 
 def _factory(model: Model) -> law1.GroupFactory:
-    def make(config: EngineConfig, num_microbatches: int) -> DPGroup:
-        return build_dp_group(
-            model=model, model_name="moe", config=config, num_microbatches=num_microbatches
-        )
+    def make(config: EngineConfig) -> DPGroup:
+        return build_dp_group(model=model, model_name="moe", config=config)
 
     return make
 

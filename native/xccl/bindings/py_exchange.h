@@ -140,6 +140,7 @@ class PyExchange {
     const std::vector<Part>& parts = get().parts();
     if (index >= parts.size() || parts[index].state != PartState::kAnswered) return std::nullopt;
     const Part& part = parts[index];
+    if (port_.core.peer(part.rank).incarnation != part.incarnation) return std::nullopt;
     const ReplyHeader& reply = *part.reply;
     const RowPlaces places(0, reply.num_rows, reply.row_bytes,
                            static_cast<RowType>(reply.row_type));

@@ -15,7 +15,10 @@ from xdeepserve.flowserve.scheduler import Scheduler
 from xdeepserve.messages import EngineInfo
 from xdeepserve.models.decoder import Model
 from xdeepserve.rtc import KVCacheManager
-from xdeepserve.transformerless.local_transport import colocated
+from xdeepserve.transformerless.local_transport import LocalTransport
+from xdeepserve.transformerless.moe_transport import MoeTransport
+from xdeepserve.transformerless.partition import partition
+from xdeepserve.transformerless.stage_times import StageTimes
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +29,6 @@ def build_engine(
     model_name: str,
     config: EngineConfig,
     clock: Clock = SYSTEM_CLOCK,
-    num_microbatches: int = 1,
 ) -> InProcClient:
     """Build a colocated engine: one DP group with the experts in its process.
 
@@ -35,7 +37,6 @@ def build_engine(
         model_name: the name that `EngineInfo` reports.
         config: budgets and KV pool.
         clock: for heartbeats and drain.
-        num_microbatches: see InProcExecutor.
 
     Returns:
         The client; `start` it from any thread, use it on one event loop, `close` it.
@@ -48,7 +49,6 @@ def build_engine(
         model_name=model_name,
         config=config,
         clock=clock,
-        num_microbatches=num_microbatches,
     )
     return InProcClient(group)
 
@@ -59,18 +59,29 @@ def build_dp_group(
     model_name: str,
     config: EngineConfig,
     clock: Clock = SYSTEM_CLOCK,
-    num_microbatches: int = 1,
+    transport: MoeTransport | None = None,
+    stage_times: StageTimes | None = None,
 ) -> DPGroup:
-    """The DP group of `build_engine`, not started; tests step it by hand."""
+    """A DP group, not started; tests step it by hand.
+
+    Args:
+        transport: leads to the FFNs and experts, owned by the group from now on; None = they are
+            computed in this process.
+        stage_times: where the stages of steps are counted; None = nowhere else.
+        model, model_name, config, clock: see `build_engine`.
+
+    Raises:
+        ConfigError: as `build_engine`.
+    """
     info = _engine_info(model, model_name, config)
-    transport, routing = colocated(model)
+    times = stage_times or StageTimes()
     executor = InProcExecutor(
         model=model,
-        transport=transport,
-        routing=routing,
+        transport=transport or LocalTransport(partition(model), stage_times=times),
+        stage_times=times,
         num_blocks=info.num_kv_blocks,
         block_size=info.block_size,
-        num_microbatches=num_microbatches,
+        num_microbatches=config.num_microbatches or (1 if transport is None else None),
     )
     kv = KVCacheManager(
         num_blocks=info.num_kv_blocks,

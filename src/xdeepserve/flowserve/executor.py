@@ -8,7 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
+from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.flowserve.input_batch import build_forward_batch, split_microbatches
+from xdeepserve.flowserve.microbatch_tuner import MicrobatchTuner
 from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
 from xdeepserve.messages import SamplingParams
 from xdeepserve.models.batch import ForwardBatch
@@ -17,7 +19,7 @@ from xdeepserve.models.sampler import Sampler, SampleResult, SampleRow
 from xdeepserve.ops import F32
 from xdeepserve.transformerless.attention_worker import AttentionWorker
 from xdeepserve.transformerless.moe_transport import MoeTransport
-from xdeepserve.transformerless.routing import LiveRouting
+from xdeepserve.transformerless.stage_times import Stage, StageTimes
 
 
 class Executor(Protocol):
@@ -53,32 +55,35 @@ class InProcExecutor:
         *,
         model: Model,
         transport: MoeTransport,
-        routing: LiveRouting,
         num_blocks: int,
         block_size: int,
-        num_microbatches: int = 1,
+        stage_times: StageTimes,
+        num_microbatches: int | None = 1,
     ) -> None:
         """Allocate the KV arrays; their memory is committed as blocks are first written.
 
         Args:
             model: its attention side is run here.
             transport: leads to its FFN and experts; closed with the executor.
-            routing: the table the transport routes by.
             num_blocks: KV blocks, as many as the scheduler's pool has.
             block_size: tokens per KV block.
-            num_microbatches: parts of a step in flight at once; 1 when nothing can overlap.
+            stage_times: where the stages of a step are counted.
+            num_microbatches: parts of a step in flight at once; 1 when nothing can overlap, None =
+                chosen by measured times.
         """
         self._model = model
         self._transport = transport
         self._block_size = block_size
         self._num_microbatches = num_microbatches
+        self._tuner = MicrobatchTuner()
         self._sampler = Sampler(model.ops, eos_token_ids=model.spec.eos_token_ids)
         self._worker = AttentionWorker(
-            model=model,
+            side=model.attention_side,
             transport=transport,
-            routing=routing,
             kv_layers=model.new_kv(num_blocks, block_size),
+            stage_times=stage_times,
         )
+        self._times = stage_times
 
     def warm_up(self) -> None:
         """Compute one token in KV block 0, which nobody holds yet."""
@@ -96,15 +101,28 @@ class InProcExecutor:
 
     def execute(self, *, plan: StepPlan) -> StepResult:
         """See Executor.execute."""
-        parts = split_microbatches(plan.scheduled, self._num_microbatches)
-        batches = [build_forward_batch(part, self._block_size) for part in parts]
-        hidden_states = self._worker.run(batches, step_idx=plan.step_idx)
+        batches, hidden_states = self._run(plan)
         rows = [_sample_row(item) for item in plan.scheduled if item.samples]
         if not rows:
             nothing = len(plan.scheduled)
             return StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
-        sampled = self._sampler.sample(self._logits(batches, hidden_states), rows)
+        with self._times.measure(Stage.HEAD):
+            sampled = self._sampler.sample(self._logits(batches, hidden_states), rows)
         return _result(plan.scheduled, sampled)
+
+    def _run(self, plan: StepPlan) -> tuple[list[ForwardBatch], list[F32]]:
+        """The plan's microbatches and their hidden states."""
+        count = self._num_microbatches or self._tuner.choose(
+            num_tokens=plan.num_tokens, num_seqs=len(plan.scheduled)
+        )
+        begun_s = SYSTEM_CLOCK.monotonic()
+        parts = split_microbatches(plan.scheduled, count)
+        batches = [build_forward_batch(part, self._block_size) for part in parts]
+        hidden_states = self._worker.run(batches, step_idx=plan.step_idx)
+        self._tuner.record(
+            num_tokens=plan.num_tokens, count=count, duration_s=SYSTEM_CLOCK.monotonic() - begun_s
+        )
+        return batches, hidden_states
 
     def _logits(self, batches: Sequence[ForwardBatch], hidden_states: Sequence[F32]) -> F32:
         """[B', V] of all rows that sample, in plan order, by one pass over the LM head."""

@@ -83,4 +83,7 @@ def shape_of(loaded: LoadedModel) -> ModelShape:
         name=loaded.name,
         num_experts=0 if spec.moe is None else spec.moe.gate.num_experts,
         has_ffn=has_dense or (spec.moe is not None and spec.moe.shared_intermediate_size > 0),
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        top_k=0 if spec.moe is None else spec.moe.gate.top_k,
     )

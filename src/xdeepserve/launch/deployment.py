@@ -16,6 +16,7 @@ from xdeepserve.errors import ConfigError
 
 ROLES: Final = ("attention", "ffn", "expert")
 MAX_WORKERS_PER_ROLE: Final = 256
+MIN_CAPACITY: Final = 4
 
 CoreLists = tuple[tuple[int, ...], ...]
 Slices = tuple[tuple[int, int], ...]
@@ -31,12 +32,25 @@ class RoleSpec:
     """Workers of one role."""
 
     count: int = option(0, "Number of workers; 0 = the attention workers do this role's work.")
+    max_count: int = option(
+        0, "Most workers that scaling may reach; 0 = twice the count, at least 4."
+    )
     cores: CoreLists = option((), "Cores of each worker, one list per rank; empty = not pinned.")
+
+    @property
+    def capacity(self) -> int:
+        """Most workers of a run."""
+        return self.max_count or min(max(2 * self.count, MIN_CAPACITY), MAX_WORKERS_PER_ROLE)
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.count <= MAX_WORKERS_PER_ROLE,
             f"count={self.count} must be between 0 and {MAX_WORKERS_PER_ROLE}",
+        )
+        _require(
+            self.max_count == 0 or self.count <= self.max_count <= MAX_WORKERS_PER_ROLE,
+            f"max_count={self.max_count} must be 0, or from count={self.count} to "
+            f"{MAX_WORKERS_PER_ROLE}",
         )
         for rank, cores in enumerate(self.cores):
             _require(
@@ -112,6 +126,9 @@ class SupervisionConfig:
     heartbeat_interval_s: float = option(0.25, "Time between two pings of a worker.")
     freeze_timeout_s: float = option(
         3.0, "A worker that neither answers nor uses CPU for this long is killed."
+    )
+    bypass_after_s: float = option(
+        0.5, "An FFN or expert worker without a sign of life for so long is gone round."
     )
     busy_timeout_s: float = option(
         60.0, "A worker that lives but makes no progress for this long is killed."

@@ -25,11 +25,17 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         name: for messages.
         num_experts: routed experts per MoE layer; 0 = a dense model.
         has_ffn: some layer has a dense MLP or shared experts.
+        num_layers: layers.
+        hidden_size: width of the rows that workers exchange.
+        top_k: routed experts per token; 0 = a dense model.
     """
 
     name: str
     num_experts: int
     has_ffn: bool
+    num_layers: int
+    hidden_size: int
+    top_k: int
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,15 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionSide:
+    """What computes a step but for the FFNs; layers are indexed by layer_idx."""
+
+    embedding: EmbeddingUnit
+    layers: tuple[AttentionUnit, ...]
+    head: HeadUnit
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """All units of a model, in one process."""
 
@@ -38,6 +47,12 @@ class Model:
     embedding: EmbeddingUnit
     layers: tuple[Layer, ...]
     head: HeadUnit
+
+    @property
+    def attention_side(self) -> AttentionSide:
+        """Everything but FFNs and experts."""
+        layers = tuple(layer.attention for layer in self.layers)
+        return AttentionSide(self.embedding, layers, self.head)
 
     @property
     def kv_dtype(self) -> np.dtype[np.generic]:
@@ -62,7 +77,7 @@ class Model:
 
 
 def layer_steps(
-    model: Model, batch: ForwardBatch, kv_layers: Sequence[KVLayer]
+    side: AttentionSide, batch: ForwardBatch, kv_layers: Sequence[KVLayer]
 ) -> Generator[FfnCall, F32, F32]:
     """Run the attention side of every layer.
 
@@ -72,9 +87,9 @@ def layer_steps(
     Returns:
         [T, H] hidden states after the last layer, before the final norm.
     """
-    residual, ffn_output = model.embedding(batch.token_ids), None
-    for layer_idx, layer in enumerate(model.layers):
-        out = layer.attention(residual, ffn_output, batch.attention, kv_layers[layer_idx])
+    residual, ffn_output = side.embedding(batch.token_ids), None
+    for layer_idx, attention in enumerate(side.layers):
+        out = attention(residual, ffn_output, batch.attention, kv_layers[layer_idx])
         residual = out.residual
         ffn_output = yield FfnCall(layer_idx, out.hidden_states, out.topk_ids, out.topk_weights)
     assert ffn_output is not None, "a model has at least one layer"
@@ -89,7 +104,7 @@ def local_ffn(model: Model, call: FfnCall) -> F32:
 
 def forward(model: Model, batch: ForwardBatch, kv_layers: Sequence[KVLayer]) -> F32:
     """[B', V] logits of `batch.logits_rows`, everything local: the oracle of all transports."""
-    steps = layer_steps(model, batch, kv_layers)
+    steps = layer_steps(model.attention_side, batch, kv_layers)
     call = next(steps)
     while True:
         try:

@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Generator, Sequence
 
 from xdeepserve.models.batch import ForwardBatch
-from xdeepserve.models.decoder import Model, layer_steps
+from xdeepserve.models.decoder import AttentionSide, layer_steps
 from xdeepserve.models.moe import FfnCall
 from xdeepserve.ops import F32, KVLayer
 from xdeepserve.transformerless.moe_transport import DispatchHandle, MoeTransport, StepTag
-from xdeepserve.transformerless.routing import LiveRouting
+from xdeepserve.transformerless.stage_times import Stage, StageTimes
 
 
 class _Microbatch:
@@ -37,14 +37,14 @@ class AttentionWorker:
     def __init__(
         self,
         *,
-        model: Model,
+        side: AttentionSide,
         transport: MoeTransport,
-        routing: LiveRouting,
         kv_layers: Sequence[KVLayer],
+        stage_times: StageTimes,
     ) -> None:
-        self._model = model
+        self._times = stage_times
+        self._side = side
         self._transport = transport
-        self._routing = routing
         self._kv_layers = kv_layers
 
     def run(self, microbatches: Sequence[ForwardBatch], *, step_idx: int) -> list[F32]:
@@ -59,12 +59,14 @@ class AttentionWorker:
         """
         hidden_states: list[F32 | None] = [None] * len(microbatches)
         in_flight = deque(
-            _Microbatch(idx, layer_steps(self._model, batch, self._kv_layers))
+            _Microbatch(idx, layer_steps(self._side, batch, self._kv_layers))
             for idx, batch in enumerate(microbatches)
         )
         try:
             for microbatch in in_flight:
-                self._dispatch(microbatch, next(microbatch.steps), step_idx)
+                with self._times.measure(Stage.ATTENTION):
+                    call = next(microbatch.steps)
+                self._dispatch(microbatch, call, step_idx)
             while in_flight:
                 microbatch = in_flight[0]
                 hidden_states[microbatch.idx] = self._advance(microbatch, step_idx)
@@ -79,8 +81,10 @@ class AttentionWorker:
         """Combine, then attention of the next layer; the hidden states after the last."""
         handle, microbatch.handle = microbatch.handle, None
         assert handle is not None, "a microbatch in flight has an exchange under way"
+        ffn_output = self._transport.combine(handle)
         try:
-            call = microbatch.steps.send(self._transport.combine(handle))
+            with self._times.measure(Stage.ATTENTION):
+                call = microbatch.steps.send(ffn_output)
         except StopIteration as finished:
             final: F32 = finished.value
             return final
@@ -88,12 +92,7 @@ class AttentionWorker:
         return None
 
     def _dispatch(self, microbatch: _Microbatch, call: FfnCall, step_idx: int) -> None:
-        tag = StepTag(
-            epoch=self._routing.current.epoch,
-            step_idx=step_idx,
-            layer_idx=call.layer_idx,
-            microbatch_idx=microbatch.idx,
-        )
+        tag = StepTag(step_idx, call.layer_idx, microbatch.idx)
         microbatch.handle = self._transport.dispatch(
             tag=tag,
             hidden_states=call.hidden_states,

@@ -16,9 +16,8 @@ from xdeepserve.ops import F32, I32
 
 @dataclass(frozen=True, slots=True)
 class StepTag:
-    """Identifies one exchange; echoed by whoever answers, so that late answers are recognised."""
+    """Identifies one exchange of a DP group. A transport adds the epoch of its routing."""
 
-    epoch: int
     step_idx: int
     layer_idx: int
     microbatch_idx: int

@@ -1,88 +1,135 @@
-"""RoutingTable: which physical expert serves a logical one. One mechanism for scaling, expert
-balancing and failover: a new table with a higher epoch replaces the old one atomically.
+"""RoutingTable: which rank computes what. One mechanism for scaling, expert balancing and failover.
+
+    placement, ranks --> RoutingTable(epoch n) --swap--> LiveRouting.current   read at each dispatch
+                                |
+                                +-- expert_owners(lost ranks) --> who answers meanwhile
+
+A table is immutable; a new one with a higher epoch replaces it atomically. Exchanges under way end
+on the table they started with. Tokens do not depend on it: every rank computes equal bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from xdeepserve.errors import ConfigError
 from xdeepserve.ops import I32
 
+NOBODY = -1
+"""Rank of a replica that is not there."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RoutingTable:
-    """An immutable placement. Tokens do not depend on it: replicas compute equal bits.
+    """An immutable assignment of a model's FFNs and experts to ranks.
+
+    Replica n of expert e of a layer has the instance id n * E + e.
 
     Attributes:
-        epoch: grows with each table; echoed in every exchange.
-        logical_to_physical: [L, E, R] int32; replicas of a logical expert, padded with -1.
-        num_replicas: [L, E] int32, at least 1.
-        num_physical: P, physical experts per layer; hosts own consecutive ranges of them.
-        is_identity: physical ids are logical ids.
+        epoch: grows with each table.
+        ffn_ranks: each computes all dense MLPs and shared experts; () = the asker does itself.
+        expert_ranks: ranks that hold experts; () = the asker computes them itself.
+        rank_of_instance: [L, R * E] int32; -1 = there is no such replica.
+        num_replicas: [L, E] int32, at least 1 (but for an empty expert_ranks: 0).
     """
 
     epoch: int
-    logical_to_physical: I32
+    ffn_ranks: tuple[int, ...]
+    expert_ranks: tuple[int, ...]
+    rank_of_instance: I32
     num_replicas: I32
-    num_physical: int
-    is_identity: bool
 
     @classmethod
-    def identity(cls, *, num_layers: int, num_experts: int, epoch: int = 0) -> RoutingTable:
-        """One replica each, physical id = logical id: the colocated placement."""
-        ids = np.arange(num_experts, dtype=np.int32)
-        table = np.broadcast_to(ids[:, None], (num_layers, num_experts, 1))
-        replicas = np.ones((num_layers, num_experts), np.int32)
-        return cls(epoch, table, replicas, num_experts, is_identity=True)
-
-    @classmethod
-    def from_physical(
-        cls, physical_to_logical: Sequence[Sequence[int]], *, num_experts: int, epoch: int
+    def build(
+        cls,
+        physical_to_logical: ArrayLike,
+        *,
+        num_experts: int,
+        expert_ranks: Sequence[int],
+        ffn_ranks: Sequence[int] = (),
+        epoch: int = 0,
     ) -> RoutingTable:
         """The table of a placement.
 
         Args:
-            physical_to_logical: [L][P]; the logical expert at each physical slot.
+            physical_to_logical: [L, P] expert in each slot, -1 = empty; the first P / N slots are
+                those of expert_ranks[0], and so on.
             num_experts: E.
+            expert_ranks: N ranks; N divides P. Empty: P is 0.
+            ffn_ranks: see the class.
             epoch: higher than the replaced table's.
 
         Raises:
-            ConfigError: a logical expert has no replica, or an id is out of range.
+            ConfigError: an expert has no replica or is out of range, or N does not divide P.
         """
         placed = np.asarray(physical_to_logical, np.int32)
-        num_layers, num_physical = placed.shape
-        if placed.min() < 0 or placed.max() >= num_experts:
-            raise ConfigError(f"a placement names an expert outside [0, {num_experts})")
-        replicas = np.stack([np.bincount(row, minlength=num_experts) for row in placed])
+        ranks = tuple(expert_ranks)
+        _check(placed, num_experts, len(ranks))
+        if not ranks:
+            none = np.zeros((len(placed), 0), np.int32)
+            return cls(epoch, tuple(ffn_ranks), (), none, none)
+        rank_of_slot = np.repeat(np.asarray(ranks, np.int32), placed.shape[1] // len(ranks))
+        replicas = np.stack([np.bincount(row[row >= 0], minlength=num_experts) for row in placed])
         if (replicas == 0).any():
             layer_idx, expert = np.argwhere(replicas == 0)[0]
             raise ConfigError(f"layer {layer_idx}: expert {expert} has no replica")
-        table = np.full((num_layers, num_experts, int(replicas.max())), -1, np.int32)
+        table = np.full((len(placed), int(replicas.max()), num_experts), NOBODY, np.int32)
         for layer_idx, row in enumerate(placed):
-            order = np.argsort(row, kind="stable")
-            nth = np.concatenate([np.arange(n) for n in replicas[layer_idx]])
-            table[layer_idx, row[order], nth] = order
-        return cls(epoch, table, replicas.astype(np.int32), num_physical, is_identity=False)
+            slots = np.argsort(row, kind="stable")[np.count_nonzero(row < 0) :]
+            nth = np.concatenate([np.arange(count) for count in replicas[layer_idx]])
+            table[layer_idx, nth, row[slots]] = rank_of_slot[slots]
+        flat = table.reshape(len(placed), -1)
+        return cls(epoch, tuple(ffn_ranks), ranks, flat, replicas.astype(np.int32))
 
-    def to_physical(self, layer_idx: int, topk_ids: I32) -> I32:
-        """[T, K] physical ids of logical topk_ids [T, K]; -1 stays -1.
+    def instances(self, layer_idx: int, topk_ids: I32) -> I32:
+        """[T, K] instance ids of experts topk_ids [T, K]; -1 stays -1.
 
         Replicas are taken in turn by row, which spreads a step's tokens without any state.
         """
-        if self.is_identity:
+        num_experts = self.num_replicas.shape[1]
+        if self.rank_of_instance.shape[1] == num_experts:
             return topk_ids
-        replicas = self.num_replicas[layer_idx][topk_ids]
-        turn = np.arange(topk_ids.shape[0], dtype=np.int32)[:, None] % replicas
-        physical: I32 = self.logical_to_physical[layer_idx][topk_ids, turn]
-        return np.where(topk_ids < 0, np.int32(-1), physical)
+        turn = np.arange(topk_ids.shape[0], dtype=np.int32)[:, None]
+        nth = turn % self.num_replicas[layer_idx][topk_ids]
+        instances: I32 = topk_ids + nth * np.int32(num_experts)
+        return np.where(topk_ids < 0, np.int32(NOBODY), instances)
+
+    def expert_owners(self, lost: Collection[int]) -> I32:
+        """[L, R * E]: the rank of each instance while some ranks do not answer.
+
+        An instance of a lost rank goes to another replica of its expert, else to any rank that
+        is left (each can map all weights), else to nobody (-1).
+        """
+        if not lost or not self.expert_ranks:
+            return self.rank_of_instance
+        left = [rank for rank in self.expert_ranks if rank not in lost] or [NOBODY]
+        num_layers, num_experts = self.num_replicas.shape
+        by_replica = self.rank_of_instance.reshape(num_layers, -1, num_experts)
+        is_left = np.isin(by_replica, left) & (by_replica != NOBODY)
+        first = is_left.argmax(axis=1)[:, None, :]
+        replica = np.take_along_axis(by_replica, first, axis=1)
+        anyone = np.asarray(left, np.int32)[np.arange(num_experts) % len(left)]
+        substitute = np.where(is_left.any(axis=1, keepdims=True), replica, anyone)
+        owners: I32 = np.where(np.isin(by_replica, list(lost)), substitute, by_replica)
+        return owners.reshape(num_layers, -1)
+
+
+def _check(placed: I32, num_experts: int, num_ranks: int) -> None:
+    if placed.ndim != 2 or (placed.shape[1] % num_ranks if num_ranks else placed.shape[1]):
+        raise ConfigError(
+            f"a placement of shape {placed.shape} must be [layers, slots] with equally many slots "
+            f"on each of {num_ranks} ranks"
+        )
+    if placed.size and not NOBODY <= placed.min() <= placed.max() < num_experts:
+        raise ConfigError(f"a placement names an expert outside [0, {num_experts})")
 
 
 class LiveRouting:
-    """The table in force. Readers take `current` once per exchange and keep that table."""
+    """The table in force. Any thread swaps; readers take `current` once per exchange."""
 
     def __init__(self, table: RoutingTable) -> None:
         self._current = table

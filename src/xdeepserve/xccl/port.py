@@ -9,6 +9,7 @@ port.close()                                            unlink, tell the peers
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from xdeepserve.errors import IntegrityError, SegmentError, XcclTimeout
 from xdeepserve.xccl.batch import F32, I32, Array, Batch
 from xdeepserve.xccl.exchange import Exchange
 from xdeepserve.xccl.layout import Layout, Tag
-from xdeepserve.xccl.segments import list_segments
+from xdeepserve.xccl.segments import SHM_FOLDER, list_segments
 
 FORWARD: int = _xccl.FORWARD
 """`kind` of a request whose receiver spreads the rows over the ranks that own their experts."""
 
 _LINK_POLL_S = 0.001
+_CLOCK_TICK_NS = 20_000_000
+"""Longer than the resolution of a folder's time stamp."""
 
 
 class PeerState(IntEnum):
@@ -119,6 +122,7 @@ class Port(_xccl.Port):
         super().__init__(run_id, name, rank, self.layout.to_native(), frozen_after_s)
         self._own = self.own_bytes()
         self._segments: dict[int, tuple[int, Array]] = {}
+        self._discovered_ns = 0
 
     # Life
 
@@ -134,6 +138,20 @@ class Port(_xccl.Port):
                 if info.path.exists():  # else it went away between listing and opening
                     raise
         return [info.rank for info in found]
+
+    def discover_news(self) -> None:
+        """As `discover`, but only when segments came or went since; cheap, to be called often.
+
+        Raises:
+            SegmentError: as `attach`.
+        """
+        changed_ns = os.stat(SHM_FOLDER).st_mtime_ns
+        if changed_ns == self._discovered_ns:
+            return
+        self.discover()
+        # Another change within this tick would have the same time stamp: then look again.
+        is_settled = time.time_ns() - changed_ns > _CLOCK_TICK_NS
+        self._discovered_ns = changed_ns if is_settled else 0
 
     def wait_linked(self, ranks: Sequence[int], timeout_s: float = 30.0) -> None:
         """Discovers until all `ranks` are attached and have attached this rank.

@@ -252,7 +252,7 @@ class ReferenceExchange:
         """As Exchange.is_done."""
         self._post()
         for part in self._parts:
-            if part.state is PartState.WAITING:
+            if part.state in (PartState.WAITING, PartState.ANSWERED):
                 self._collect(part)
         done = (PartState.ANSWERED, PartState.REFUSED, PartState.MOVED)
         return all(part.state in done for part in self._parts)
@@ -261,7 +261,7 @@ class ReferenceExchange:
         assert part.request is not None
         if self._port.run.ports[part.rank] is not part.life:
             part.state = PartState.LOST
-        elif part.request.is_answered:
+        elif part.state is PartState.WAITING and part.request.is_answered:
             part.state = PartState.ANSWERED if part.request.answer else PartState.REFUSED
             part.request.is_free = part.state is PartState.REFUSED
 

@@ -31,14 +31,8 @@ NUM_REQUESTS = {"cpu": 16, "reference": 4}
 
 
 def factory(model: Model) -> law1.GroupFactory:
-    def make_group(config: EngineConfig, num_microbatches: int) -> DPGroup:
-        return build_dp_group(
-            model=model,
-            model_name="toy",
-            config=config,
-            clock=FakeClock(),
-            num_microbatches=num_microbatches,
-        )
+    def make_group(config: EngineConfig) -> DPGroup:
+        return build_dp_group(model=model, model_name="toy", config=config, clock=FakeClock())
 
     return make_group
 

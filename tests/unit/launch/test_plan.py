@@ -9,9 +9,11 @@ from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.deployment_file import parse_deployment
 from xdeepserve.launch.plan import ModelShape, even_slices, resolve
 
-MOE = ModelShape(name="moe", num_experts=8, has_ffn=True)
-ALL_ROUTED = ModelShape(name="routed", num_experts=8, has_ffn=False)
-DENSE = ModelShape(name="dense", num_experts=0, has_ffn=True)
+MOE = ModelShape(name="moe", num_experts=8, has_ffn=True, num_layers=2, hidden_size=8, top_k=2)
+ALL_ROUTED = ModelShape(
+    name="routed", num_experts=8, has_ffn=False, num_layers=2, hidden_size=8, top_k=2
+)
+DENSE = ModelShape(name="dense", num_experts=0, has_ffn=True, num_layers=2, hidden_size=8, top_k=0)
 CORES = (0, 1, 2, 3)
 
 

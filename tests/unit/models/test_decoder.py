@@ -66,7 +66,7 @@ def test_interleaved_microbatches_equal_one_batch(backend: str, dtype: WeightDty
     together = forward(model, step_batch(chunks, BLOCK_SIZE), model.new_kv(20, BLOCK_SIZE))
     kv = model.new_kv(20, BLOCK_SIZE)
     batches = [step_batch([chunk], BLOCK_SIZE) for chunk in chunks]
-    flights = [layer_steps(model, batch, kv) for batch in batches]
+    flights = [layer_steps(model.attention_side, batch, kv) for batch in batches]
     calls = [next(flight) for flight in flights]
     finals: dict[int, F32] = {}
     while len(finals) < len(flights):
@@ -82,7 +82,7 @@ def test_interleaved_microbatches_equal_one_batch(backend: str, dtype: WeightDty
 def test_calls_name_their_layer_and_experts() -> None:
     model = toy("glm4_moe", "reference", WeightDtype.FLOAT32)
     batch = step_batch([Chunk(PROMPT, 0, range(10))], BLOCK_SIZE)
-    steps = layer_steps(model, batch, model.new_kv(10, BLOCK_SIZE))
+    steps = layer_steps(model.attention_side, batch, model.new_kv(10, BLOCK_SIZE))
     dense = next(steps)
     assert (dense.layer_idx, dense.topk_ids, dense.topk_weights) == (0, None, None)
     routed = steps.send(local_ffn(model, dense))

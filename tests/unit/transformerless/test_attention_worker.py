@@ -14,10 +14,10 @@ from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.models.decoder import Model, forward
 from xdeepserve.ops import F32, I32, AttentionBatch
 from xdeepserve.transformerless.attention_worker import AttentionWorker
-from xdeepserve.transformerless.local_transport import colocated
+from xdeepserve.transformerless.local_transport import LocalTransport
 from xdeepserve.transformerless.moe_transport import DispatchHandle, MoeTransport, StepTag
 from xdeepserve.transformerless.partition import partition
-from xdeepserve.transformerless.routing import LiveRouting, RoutingTable
+from xdeepserve.transformerless.stage_times import StageTimes
 
 BLOCK = 4
 
@@ -76,20 +76,16 @@ class LoggingTransport:
 
 
 def make_worker(
-    model: Model, *, fail_at: int | None = None, epoch: int = 0
+    model: Model, *, fail_at: int | None = None
 ) -> tuple[AttentionWorker, LoggingTransport]:
-    inner, routing = colocated(model)
-    if epoch:
-        moe = model.spec.moe
-        assert moe is not None
-        routing.swap(
-            RoutingTable.identity(
-                num_layers=model.spec.num_layers, num_experts=moe.gate.num_experts, epoch=epoch
-            )
-        )
-    transport = LoggingTransport(inner, fail_at=fail_at)
+    transport = LoggingTransport(
+        LocalTransport(partition(model), stage_times=StageTimes()), fail_at=fail_at
+    )
     worker = AttentionWorker(
-        model=model, transport=transport, routing=routing, kv_layers=model.new_kv(8, BLOCK)
+        side=model.attention_side,
+        transport=transport,
+        kv_layers=model.new_kv(8, BLOCK),
+        stage_times=StageTimes(),
     )
     return worker, transport
 
@@ -113,7 +109,7 @@ def test_microbatches_give_the_bits_of_one_batch() -> None:
 
 def test_microbatches_are_interleaved_layer_by_layer() -> None:
     model = toy_model("glm4_moe")
-    worker, transport = make_worker(model, epoch=9)
+    worker, transport = make_worker(model)
     worker.run([prefill(PROMPTS[:2]), prefill(PROMPTS[2:], 2)], step_idx=4)
     steps = [(verb, tag.layer_idx, tag.microbatch_idx) for verb, tag in transport.log]
     assert steps[:6] == [
@@ -125,7 +121,7 @@ def test_microbatches_are_interleaved_layer_by_layer() -> None:
         ("dispatch", 1, 1),
     ]
     assert len(steps) == 2 * 2 * model.spec.num_layers
-    assert {(tag.epoch, tag.step_idx) for _, tag in transport.log} == {(9, 4)}
+    assert {tag.step_idx for _, tag in transport.log} == {4}
     assert transport.num_open == 0
 
 
@@ -143,10 +139,3 @@ def test_partition_hands_out_every_unit_by_role() -> None:
     assert [u is None for u in units.experts] == [True, False, False]
     assert all(u is not None for u in units.ffn)
     assert len(units.attention.layers) == model.spec.num_layers
-
-
-def test_live_routing_is_read_at_dispatch() -> None:
-    routing = LiveRouting(RoutingTable.identity(num_layers=1, num_experts=1, epoch=1))
-    before = routing.current
-    routing.swap(RoutingTable.identity(num_layers=1, num_experts=1, epoch=2))
-    assert (before.epoch, routing.current.epoch) == (1, 2)

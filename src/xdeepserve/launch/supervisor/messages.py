@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from xdeepserve.errors import EngineDeadError
+from xdeepserve.launch.placement import Placement
 from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.messages import Heartbeat
@@ -73,6 +74,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True, tag="membership"):
     run_id: str
     counts: dict[str, int]
     members: tuple[Member, ...]
+    placement: Placement | None = None
 
     def find(self, name: str) -> Member | None:
         """The member of that name."""

@@ -16,7 +16,10 @@ import msgspec
 
 from xdeepserve.control import ControlServer, Peer
 from xdeepserve.errors import CapacityError
-from xdeepserve.launch.plan import WorkerSpec, resolve
+from xdeepserve.launch.deployment import Slices
+from xdeepserve.launch.fabric import check_scaling
+from xdeepserve.launch.placement import Placement, base_table, ranks_in_use
+from xdeepserve.launch.plan import WorkerSpec, even_slices, expert_slices, resolve
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import RunDirectory
 from xdeepserve.launch.service import ServiceConfig
@@ -51,6 +54,8 @@ class Supervisor:
         self._incarnations: dict[str, int] = {}
         self._wanted: dict[str, WorkerSpec] = {}
         self._counts: dict[str, int] = {}
+        self._slices: Slices = ()
+        self._replicas = 0
         self._membership = Membership(epoch=0, run_id=run.run_id, counts={}, members=())
         self._published = asyncio.Event()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -128,11 +133,14 @@ class Supervisor:
 
     def _adopt_plan(self, counts: dict[str, int]) -> None:
         """Want the workers of these counts; raises ConfigError and changes nothing if wrong."""
+        check_scaling(self._service.deployment, counts)
         deployment = self._service.deployment.with_counts(counts)
         usable = os.sched_getaffinity(0)
         plan = resolve(deployment, self._service.shape, usable_cores=usable)
         self._wanted = {spec.name: spec for spec in plan.workers}
         self._counts = plan.counts()
+        self._slices = expert_slices(deployment, self._service.shape)
+        self._replicas = deployment.roles.expert.replicas
 
     def _reconcile(self) -> None:
         """Start what is missing, let go what is not wanted."""
@@ -186,11 +194,35 @@ class Supervisor:
             run_id=self._run.run_id,
             counts=self._counts,
             members=tuple(sorted(members, key=lambda m: (m.spec.role, m.spec.rank))),
+            placement=self._place(),
         )
         state = SavedState(membership=self._membership, incarnations=self._incarnations)
         self._run.write(self._run.state_path, state)
         self._published.set()
         self._published = asyncio.Event()
+
+    def _place(self) -> Placement | None:
+        """The placement for the workers of now; the present one when it still fits."""
+        current = self._membership.placement
+        ffn = self._ranks_in_use("ffn", None if current is None else current.ffn)
+        expert = self._ranks_in_use("expert", None if current is None else current.expert)
+        if current is not None and (current.ffn, current.expert) == (ffn, expert):
+            return current
+        slices = even_slices(self._service.shape.num_experts, len(expert)) if expert else ()
+        if len(expert) == len(self._slices):
+            slices = self._slices
+        return Placement(
+            epoch=0 if current is None else current.epoch + 1,
+            ffn=ffn,
+            expert=expert,
+            table=base_table(self._service.shape, slices, self._replicas),
+        )
+
+    def _ranks_in_use(self, role: str, current: tuple[int, ...] | None) -> tuple[int, ...]:
+        slots = (slot.member for slot in self._slots.values() if slot.member.spec.role == role)
+        ready = {member.spec.rank for member in slots if member.can_serve}
+        wanted = {spec.rank for spec in self._wanted.values() if spec.role == role}
+        return ranks_in_use(current, wanted, ready)
 
     async def _subscribe(self) -> AsyncGenerator[SupervisorReply, None]:
         while True:

@@ -7,7 +7,11 @@ from typing import Final
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.plan import ResolvedPlan
 
-BODIES: Final = {"attention": "xdeepserve.launch.worker.dp_body:make_body"}
+BODIES: Final = {
+    "attention": "xdeepserve.launch.worker.dp_body:make_body",
+    "ffn": "xdeepserve.launch.worker.module_body:make_body",
+    "expert": "xdeepserve.launch.worker.module_body:make_body",
+}
 """Role -> "module:function" that makes a WorkerBody of a WorkerContext."""
 
 

@@ -1,4 +1,4 @@
-"""DPBody: a DP group with the whole model in its process, behind a socket."""
+"""DPBody: a DP group behind a socket; its FFNs and experts here, or with workers of their own."""
 
 from __future__ import annotations
 
@@ -9,30 +9,61 @@ from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.flowserve.dp_group import DPGroup
 from xdeepserve.flowserve.dp_server import DPServer
 from xdeepserve.launch.compose import load_model_at
+from xdeepserve.launch.fabric import Fabric, is_taken_apart
 from xdeepserve.launch.worker.body import WorkerContext
+from xdeepserve.launch.worker.routing_feed import RoutingFeed
 from xdeepserve.messages import Heartbeat
+from xdeepserve.models.decoder import Model
+from xdeepserve.transformerless.partition import partition
+from xdeepserve.transformerless.stage_times import StageTimes
+from xdeepserve.transformerless.xccl_transport import XcclTransport
 
 
 class DPBody:
-    """WorkerBody of the attention role while no other role has workers."""
+    """WorkerBody of the attention role."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
+        self._times = StageTimes()
         self._group: DPGroup | None = None
         self._server: DPServer | None = None
+        self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the model, warm up, open the socket."""
-        self._group = await asyncio.to_thread(self._build)
+        """Load the model, warm up once the other workers serve, open the socket."""
+        feed = self._routing_feed()
+        if feed is not None:
+            self._following = asyncio.create_task(feed.follow())
+        self._group = await asyncio.to_thread(self._build, feed)
         path = self._context.run.socket_path(self._context.spec.name)
         self._server = DPServer(self._group, path)
         await self._server.start()
 
-    def _build(self) -> DPGroup:
+    def _routing_feed(self) -> RoutingFeed | None:
+        service, run = self._context.service, self._context.run
+        if not is_taken_apart(service.deployment):
+            return None
+        fabric = Fabric.of(run.run_id, service.deployment, service.shape)
+        return RoutingFeed(run, service, fabric)
+
+    def _build(self, feed: RoutingFeed | None) -> DPGroup:
         service = self._context.service
         model = load_model_at(Path(service.model_path), self._context.precision())
         return build_dp_group(
-            model=model, model_name=service.model_name, config=service.deployment.limits
+            model=model,
+            model_name=service.model_name,
+            config=service.deployment.limits,
+            transport=None if feed is None else self._connect(model, feed),
+            stage_times=self._times,
+        )
+
+    def _connect(self, model: Model, feed: RoutingFeed) -> XcclTransport:
+        spec = self._context.spec
+        return XcclTransport(
+            port=feed.fabric.open_port(spec.name, spec.role, spec.rank),
+            units=partition(model),
+            routing=feed.routing,
+            stage_times=self._times,
         )
 
     def heartbeat(self) -> Heartbeat:
@@ -58,6 +89,8 @@ class DPBody:
 
     async def close(self) -> None:
         """Abort what runs, stop the loop, close the socket."""
+        if self._following is not None:
+            self._following.cancel()
         if self._server is not None:
             await self._server.close(drain_timeout_s=0.0)
 

@@ -1,0 +1,74 @@
+"""RoutingFeed: keeps a DP group's routing in step with what the supervisor publishes.
+
+It reads the run's state file, which always holds the latest membership. So it needs no connection,
+and the group goes on with what it knows while there is no supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+import msgspec
+
+from xdeepserve.errors import ConfigError
+from xdeepserve.launch.fabric import Fabric
+from xdeepserve.launch.placement import Placement, routing_table
+from xdeepserve.launch.run_dir import RunDirectory
+from xdeepserve.launch.service import ServiceConfig
+from xdeepserve.launch.supervisor.messages import SavedState
+from xdeepserve.transformerless.routing import LiveRouting
+
+FEED_INTERVAL_S: Final = 0.02
+"""Between two looks at the file's time stamp."""
+
+logger = logging.getLogger(__name__)
+
+
+class RoutingFeed:
+    """Owns the LiveRouting of one DP group. Thread: the event loop; readers anywhere."""
+
+    def __init__(self, run: RunDirectory, service: ServiceConfig, fabric: Fabric) -> None:
+        """Begin with the placement that the run has now.
+
+        Raises:
+            ConfigError: the state file is missing or damaged.
+        """
+        self._run = run
+        self._service = service
+        self.fabric = fabric
+        self._stamp_ns = 0
+        placement = self._read()
+        if placement is None:
+            raise ConfigError(f"{run.state_path} holds no placement; is a supervisor running?")
+        self.routing = LiveRouting(routing_table(placement, service.shape, fabric))
+
+    async def follow(self) -> None:
+        """Swap in every new placement, until cancelled."""
+        while True:
+            await asyncio.sleep(FEED_INTERVAL_S)
+            placement = self._read()
+            if placement is None or placement.epoch <= self.routing.current.epoch:
+                continue
+            self.routing.swap(routing_table(placement, self._service.shape, self.fabric))
+            logger.info(
+                "routing epoch %d: FFN workers %s, expert workers %s",
+                placement.epoch,
+                placement.ffn or "none",
+                placement.expert or "none",
+            )
+
+    def _read(self) -> Placement | None:
+        """The placement in the state file; None when the file is as before, or unreadable."""
+        try:
+            stamp_ns = self._run.state_path.stat().st_mtime_ns
+            if stamp_ns == self._stamp_ns:
+                return None
+            data = self._run.state_path.read_bytes()
+            state = msgspec.json.decode(data, type=SavedState)
+        except (OSError, msgspec.DecodeError) as exc:
+            logger.warning("%s cannot be read: %s", self._run.state_path, exc)
+            return None
+        self._stamp_ns = stamp_ns
+        return state.membership.placement

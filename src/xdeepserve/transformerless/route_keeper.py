@@ -1,0 +1,90 @@
+"""RouteKeeper: the routing table in force seen together with which ranks answer at present.
+
+A rank is lost while it is not linked, dead or frozen; it is back when a new life of it is linked,
+or when its heart beats again. Exchanges report losses; recoveries are found by looking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.ops import I32
+from xdeepserve.transformerless.routing import NOBODY, LiveRouting, RoutingTable
+from xdeepserve.xccl import PeerState, Port
+
+LOOK_INTERVAL_S: Final = 0.005
+"""Between two looks for ranks that came back while some are lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who answers for one layer at this moment.
+
+    Attributes:
+        epoch: for the tags of exchanges; grows with every look at who answers.
+        ffn_rank: -1 = nobody at present, or the asker itself.
+        expert_owners: [R * E] int32 by instance id; -1 = nobody at present.
+        is_complete: every module that ranks serve has one that answers.
+    """
+
+    epoch: int
+    ffn_rank: int
+    expert_owners: I32
+    is_complete: bool
+
+
+class RouteKeeper:
+    """Thread: the port's."""
+
+    def __init__(self, port: Port, routing: LiveRouting) -> None:
+        self._port = port
+        self._routing = routing
+        self._epoch = 0
+        self._next_look_s = 0.0
+        self._use(routing.current)
+
+    def table(self) -> RoutingTable:
+        """The table in force, looked at anew when it has been swapped or ranks are lost."""
+        if self._routing.current is not self._table:
+            self._use(self._routing.current)
+        elif self._lost and SYSTEM_CLOCK.monotonic() >= self._next_look_s:
+            self.look()
+        return self._table
+
+    def route(self, layer_idx: int) -> Route:
+        """Who answers for a layer, as of the latest look."""
+        return Route(self._epoch, self._ffn_rank, self._owners[layer_idx], self._is_complete)
+
+    def look(self) -> None:
+        """Link newcomers, and look at every rank of the table now."""
+        self._port.discover_news()
+        ranks = {*self._table.ffn_ranks, *self._table.expert_ranks}
+        lost = frozenset(rank for rank in ranks if not self._answers(rank))
+        self._next_look_s = SYSTEM_CLOCK.monotonic() + LOOK_INTERVAL_S
+        self._epoch += 1
+        if lost != self._lost:
+            self._reckon(lost)
+
+    def _use(self, table: RoutingTable) -> None:
+        self._table = table
+        self._reckon(frozenset())
+        self.look()
+
+    def _reckon(self, lost: frozenset[int]) -> None:
+        """Who answers while `lost` do not."""
+        table = self._table
+        self._lost = lost
+        self._owners = table.expert_owners(lost)
+        ffn = [rank for rank in table.ffn_ranks if rank not in lost]
+        self._ffn_rank = ffn[self._port.rank % len(ffn)] if ffn else NOBODY
+        experts_left = any(rank not in lost for rank in table.expert_ranks)
+        self._is_complete = bool(ffn or not table.ffn_ranks) and (
+            experts_left or not table.expert_ranks
+        )
+
+    def _answers(self, rank: int) -> bool:
+        if not self._port.is_linked(rank):
+            return False
+        return self._port.status_of(rank).state is PeerState.ALIVE

@@ -1,0 +1,173 @@
+"""XcclTransport and ModuleServer: exchanges survive lost and replaced ranks, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.module_threads import FIRST_EXPERT, FIRST_FFN, ModuleThreads
+from tests.toys import toy_model
+from xdeepserve.errors import XcclError, XcclTimeout
+from xdeepserve.models.decoder import local_ffn
+from xdeepserve.models.moe import FfnCall
+from xdeepserve.ops import F32
+from xdeepserve.testing.toy_models import pseudo_random
+from xdeepserve.transformerless.module_server import ModuleServer
+from xdeepserve.transformerless.moe_transport import StepTag
+from xdeepserve.transformerless.stage_times import Stage, StageTimes
+from xdeepserve.transformerless.xccl_transport import XcclHandle, XcclTransport
+
+HALVES = ((0, 1, 2, 3), (4, 5, 6, 7))
+MOE_LAYER = 1
+
+
+def make_call(world: ModuleThreads, num_tokens: int = 9) -> FfnCall:
+    moe = world.model.spec.moe
+    assert moe is not None
+    hidden = pseudo_random("hidden", (num_tokens, world.model.spec.hidden_size))
+    rng = np.random.default_rng(3)
+    ids = np.argsort(rng.random((num_tokens, moe.gate.num_experts)), axis=1)
+    topk_ids = np.ascontiguousarray(ids[:, : moe.gate.top_k], np.int32)
+    return FfnCall(MOE_LAYER, hidden, topk_ids, rng.random(topk_ids.shape, np.float32))
+
+
+def dispatch(transport: XcclTransport, call: FfnCall, step_idx: int = 0) -> XcclHandle:
+    return transport.dispatch(
+        tag=StepTag(step_idx, call.layer_idx, 0),
+        hidden_states=call.hidden_states,
+        topk_ids=call.topk_ids,
+        topk_weights=call.topk_weights,
+    )
+
+
+def exchange(transport: XcclTransport, call: FfnCall) -> F32:
+    return transport.combine(dispatch(transport, call))
+
+
+def stop(world: ModuleThreads, rank: int) -> None:
+    """End a server; returns when its segment is closed."""
+    server = world.servers[rank]
+    server.stop()
+    for thread in world.threads_of(rank):
+        thread.join(10.0)
+
+
+def num_served(world: ModuleThreads, rank: int) -> int:
+    """Requests that a server has answered by its end."""
+    stop(world, rank)
+    return world.servers[rank].num_requests
+
+
+@pytest.fixture
+def world() -> Iterator[ModuleThreads]:
+    """An FFN server, and two expert servers with half of the experts each."""
+    made = ModuleThreads(toy_model("glm4_moe"), num_ffn=1, placement=HALVES)
+    yield made
+    made.close()
+
+
+def test_the_share_of_a_lost_rank_goes_to_another(world: ModuleThreads) -> None:
+    transport, call = world.transport(), make_call(world)
+    expected = local_ffn(world.model, call)
+    np.testing.assert_array_equal(exchange(transport, call), expected)
+    stop(world, FIRST_EXPERT)
+    np.testing.assert_array_equal(exchange(transport, call), expected)
+    transport.close()
+    assert num_served(world, FIRST_EXPERT + 1) == 3
+
+
+def test_an_exchange_under_way_moves_when_its_rank_dies(world: ModuleThreads) -> None:
+    transport, call = world.transport(), make_call(world)
+    exchange(transport, call)
+    stop(world, FIRST_EXPERT + 1)
+    # A life that links and never serves, so that the request lies with it when it ends.
+    silent = world.port(FIRST_EXPERT + 1)
+    transport._port.discover()
+    silent.wait_linked([0], timeout_s=5.0)
+    handle = dispatch(transport, call)
+    closing = threading.Timer(0.05, silent.close)
+    closing.start()
+    np.testing.assert_array_equal(transport.combine(handle), local_ffn(world.model, call))
+    assert transport.num_failovers >= 1
+    transport.close()
+
+
+def test_the_next_life_of_the_only_rank_answers() -> None:
+    world = ModuleThreads(toy_model("glm4_moe"), num_ffn=1, placement=[range(8)])
+    transport, call = world.transport(), make_call(world)
+    expected = local_ffn(world.model, call)
+    exchange(transport, call)
+    for rank in (FIRST_EXPERT, FIRST_FFN):
+        stop(world, rank)
+        restart = threading.Timer(0.05, world.start_server, [rank])
+        restart.start()
+        np.testing.assert_array_equal(exchange(transport, call), expected)
+        restart.join()
+    transport.close()
+    world.close()
+
+
+def test_nobody_for_the_whole_timeout_is_an_error(world: ModuleThreads) -> None:
+    transport, call = world.transport(timeout_s=0.05), make_call(world)
+    for rank in world.servers:
+        stop(world, rank)
+    with pytest.raises(XcclTimeout, match=r"nobody has served layer 1 for 0\.05 s"):
+        exchange(transport, call)
+    transport.close()
+
+
+def test_a_new_table_is_used_from_the_next_dispatch_on(world: ModuleThreads) -> None:
+    transport, call = world.transport(), make_call(world)
+    expected = local_ffn(world.model, call)
+    before = dispatch(transport, call)
+    world.routing.swap(world.table(num_ffn=0, placement=[range(8)], epoch=1))
+    after = dispatch(transport, call)
+    np.testing.assert_array_equal(transport.combine(before), expected)
+    np.testing.assert_array_equal(transport.combine(after), expected)
+    transport.close()
+    ranks = (FIRST_FFN, FIRST_EXPERT, FIRST_EXPERT + 1)
+    assert [num_served(world, rank) for rank in ranks] == [1, 2, 1]
+
+
+def test_a_server_of_another_model_refuses(world: ModuleThreads) -> None:
+    other = ModuleThreads(toy_model("llama"))
+    rank = FIRST_EXPERT
+    stop(world, rank)
+    world.servers[rank] = ModuleServer(world.port(rank), other.units, stage_times=StageTimes())
+    thread = threading.Thread(target=world.servers[rank].run)
+    thread.start()
+    world.routing.swap(world.table(placement=[range(8)], epoch=1))
+    with pytest.raises(XcclError, match="refuse to compute"):
+        exchange(world.transport(), make_call(world))
+    world.servers[rank].stop()
+    thread.join()
+
+
+def test_a_round_serves_all_askers_and_answers_each_with_its_own_rows() -> None:
+    world = ModuleThreads(toy_model("glm4_moe"), placement=[range(8)])
+    stop(world, FIRST_EXPERT)
+    times = StageTimes()
+    port = world.port(FIRST_EXPERT)
+    server = ModuleServer(port, world.units, stage_times=times)
+    are_linked = threading.Event()
+
+    def link() -> None:
+        while not are_linked.wait(0.001):
+            port.discover_news()
+
+    linking = threading.Thread(target=link)
+    linking.start()
+    transports = [world.transport(rank) for rank in range(3)]
+    calls = [make_call(world, num_tokens) for num_tokens in (9, 4, 1)]
+    are_linked.set()
+    linking.join()
+    handles = [dispatch(t, call) for t, call in zip(transports, calls, strict=True)]
+    assert server.serve_once(1.0) == 3
+    assert times.counts()[Stage.EXPERT] == 1
+    for transport, handle, call in zip(transports, handles, calls, strict=True):
+        np.testing.assert_array_equal(transport.combine(handle), local_ffn(world.model, call))
+        transport.close()
+    world.close()
