@@ -79,7 +79,8 @@ Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType
   return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false);
 }
 
-void multiply_panel(const Kernels& kernels, const Product& p, const Weight& w, int64_t panel,
+// `ahead` is how many panels later this thread is likely to be.
+void multiply_panel(const Kernels& kernels, int64_t ahead, const Product& p, const Weight& w, int64_t panel,
                     int64_t first_row, const float* bias) {
   PanelTask task{};
   task.a = p.a + first_row * p.a_stride;
@@ -87,6 +88,7 @@ void multiply_panel(const Kernels& kernels, const Product& p, const Weight& w, i
   task.rows = std::min(kRowChunk, p.rows - first_row);
   task.b = w.panel(p.group, panel);
   task.steps = w.steps();
+  task.next = panel + ahead < w.panels() ? task.b + ahead * w.panel_bytes() : nullptr;
   task.c = p.c + first_row * p.c_stride + panel * kPanel;
   task.c_stride = p.c_stride;
   task.cols = std::min(kPanel, w.n - panel * kPanel);
@@ -112,7 +114,7 @@ void multiply(Context& ctx, const std::vector<Product>& products, const Weight& 
     const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
     const size_t index = static_cast<size_t>(after - first_item.begin()) - 1;
     const int64_t local = item - first_item[index];
-    multiply_panel(ctx.kernels, products[index], w, local % w.panels(),
+    multiply_panel(ctx.kernels, ctx.pool.size(), products[index], w, local % w.panels(),
                    local / w.panels() * kRowChunk, bias);
   };
   const int64_t items = first_item.back();

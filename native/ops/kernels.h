@@ -16,6 +16,7 @@ struct PanelTask {
   int64_t rows;
   const uint8_t* b;      // panel, see layout.h
   int64_t steps;         // k-steps of the panel
+  const uint8_t* next;   // a panel that will be read soon after, or null
   float* c;
   ptrdiff_t c_stride;    // floats between rows
   int64_t cols;          // 1 to 32

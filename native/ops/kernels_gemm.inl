@@ -66,12 +66,37 @@ struct Int8Product {
   }
 };
 
-template <class Product, int R, int V>
+// Brings lines into the cache while something else is computed, some with every k-step.
+class Prefetch {
+ public:
+  Prefetch(const uint8_t* begin, int64_t bytes, int64_t lines_per_step)
+      : next_(begin), end_(begin == nullptr ? begin : begin + bytes), per_step_(lines_per_step) {}
+
+  void step() {
+    for (int64_t line = 0; line < per_step_ && next_ != end_; ++line, next_ += 64) {
+      __builtin_prefetch(next_, 0, 2);
+    }
+  }
+
+ private:
+  const uint8_t* next_;
+  const uint8_t* end_;
+  int64_t per_step_;
+};
+
+struct NoPrefetch {
+  void step() {}
+};
+
+template <class Product, int R, int V, class Fetch>
 inline void accumulate(typename Product::Acc (&acc)[R][V], const uint8_t* a, ptrdiff_t a_stride,
-                       const uint8_t* b, ptrdiff_t b_stride, int64_t steps) {
+                       const uint8_t* b, ptrdiff_t b_stride, int64_t steps, Fetch& fetch) {
   const uint8_t* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = a + r * a_stride;
-  for (int64_t i = 0; i < steps; ++i, b += b_stride) Product::step(acc, rows, i, b);
+  for (int64_t i = 0; i < steps; ++i, b += b_stride) {
+    fetch.step();
+    Product::step(acc, rows, i, b);
+  }
 }
 
 template <int N>
@@ -115,6 +140,8 @@ inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t c
 
 template <class Product, int Rows>
 void panel_tiles(const PanelTask& t) {
+  const bool is_one_pass = t.rows <= kWideRows;
+  Prefetch fetch(t.next, t.steps * kStepBytes, is_one_pass ? kStepBytes / 64 : 1);
   for_row_tiles<Rows>(t.rows, [&](auto size, int64_t first) {
     constexpr int R = size;
     constexpr int V = R <= kWideRows ? 2 : kTileVecs;
@@ -124,7 +151,7 @@ void panel_tiles(const PanelTask& t) {
         for (int v = 0; v < V; ++v) acc[r][v] = Product::zero();
       }
       accumulate<Product, R, V>(acc, t.a + first * t.a_stride, t.a_stride, t.b + 64 * half,
-                                kStepBytes, t.steps);
+                                kStepBytes, t.steps, fetch);
       for (int r = 0; r < R; ++r) {
         for (int v = 0; v < V; ++v) {
           if (16 * (half + v) < t.cols) write_out(t, acc[r][v], first + r, 16 * (half + v));
@@ -145,6 +172,7 @@ void panel_gemm(const PanelTask& t) {
 template <bool kAdd>
 void small_gemm(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t k,
                 float* c, int64_t ldc, int64_t vecs) {
+  NoPrefetch fetch;
   for (int64_t v = 0; v < vecs; ++v) {
     for_row_tiles<kFloatRows>(rows, [&](auto size, int64_t first) {
       constexpr int R = size;
@@ -152,7 +180,8 @@ void small_gemm(const float* a, int64_t lda, int64_t rows, const float* b, int64
       float* out = c + first * ldc + 16 * v;
       for (int r = 0; r < R; ++r) acc[r][0] = kAdd ? load(out + r * ldc) : set1(0.0f);
       accumulate<F32Product, R, 1>(acc, reinterpret_cast<const uint8_t*>(a + first * lda), 4 * lda,
-                                   reinterpret_cast<const uint8_t*>(b + 16 * v), 4 * ldb, k);
+                                   reinterpret_cast<const uint8_t*>(b + 16 * v), 4 * ldb, k,
+                                   fetch);
       for (int r = 0; r < R; ++r) store(out + r * ldc, acc[r][0]);
     });
   }

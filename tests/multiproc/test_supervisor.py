@@ -163,7 +163,7 @@ async def test_frozen_worker_is_drained_by_force() -> None:
 
 
 async def test_scale_while_the_supervisor_is_restarted() -> None:
-    async with running_cluster(attention=1) as running:
+    async with running_cluster(attention=1, expert=1) as running:
         os.kill(running.cluster.supervisor_pid, signal.SIGKILL)
         await running.cluster.scale({"expert": 2})
         await running.until(is_settled("dp0", "expert0", "expert1"))

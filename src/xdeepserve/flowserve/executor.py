@@ -112,17 +112,20 @@ class InProcExecutor:
 
     def _run(self, plan: StepPlan) -> tuple[list[ForwardBatch], list[F32]]:
         """The plan's microbatches and their hidden states."""
-        count = self._num_microbatches or self._tuner.choose(
-            num_tokens=plan.num_tokens, num_seqs=len(plan.scheduled)
-        )
+        if self._num_microbatches is not None:
+            return self._run_cut(plan, self._num_microbatches)
+        num_tokens = plan.num_tokens
+        count = self._tuner.choose(num_tokens=num_tokens, num_seqs=len(plan.scheduled))
         begun_s = SYSTEM_CLOCK.monotonic()
+        result = self._run_cut(plan, count)
+        duration_s = SYSTEM_CLOCK.monotonic() - begun_s
+        self._tuner.record(num_tokens=num_tokens, count=count, duration_s=duration_s)
+        return result
+
+    def _run_cut(self, plan: StepPlan, count: int) -> tuple[list[ForwardBatch], list[F32]]:
         parts = split_microbatches(plan.scheduled, count)
         batches = [build_forward_batch(part, self._block_size) for part in parts]
-        hidden_states = self._worker.run(batches, step_idx=plan.step_idx)
-        self._tuner.record(
-            num_tokens=plan.num_tokens, count=count, duration_s=SYSTEM_CLOCK.monotonic() - begun_s
-        )
-        return batches, hidden_states
+        return batches, self._worker.run(batches, step_idx=plan.step_idx)
 
     def _logits(self, batches: Sequence[ForwardBatch], hidden_states: Sequence[F32]) -> F32:
         """[B', V] of all rows that sample, in plan order, by one pass over the LM head."""

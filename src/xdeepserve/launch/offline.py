@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'batch':>6}{'output tok/s':>14}{'total tok/s':>14}{'TTFT ms':>10}{'TPOT ms':>10}")
     results = []
     for batch in args.batch:
-        _run_batch(group, batch, args, salt="warm-up", output_len=2)
+        run_batch(group, batch=batch, input_len=args.input_len, output_len=2, salt="warm-up")
         result = _measure(group, batch, args)
         results.append(result)
         print(
@@ -77,7 +77,13 @@ def _build(args: argparse.Namespace) -> DPGroup:
 
 def _measure(group: DPGroup, batch: int, args: argparse.Namespace) -> BatchResult:
     runs = [
-        _run_batch(group, batch, args, salt=str(repeat), output_len=args.output_len)
+        run_batch(
+            group,
+            batch=batch,
+            input_len=args.input_len,
+            output_len=args.output_len,
+            salt=str(repeat),
+        )
         for repeat in range(args.repeats)
     ]
     num_output = batch * args.output_len
@@ -90,19 +96,22 @@ def _measure(group: DPGroup, batch: int, args: argparse.Namespace) -> BatchResul
     )
 
 
-def _run_batch(
-    group: DPGroup, batch: int, args: argparse.Namespace, *, salt: str, output_len: int
+def run_batch(
+    group: DPGroup, *, batch: int, input_len: int, output_len: int, salt: str
 ) -> tuple[float, list[RequestTimeline]]:
-    """Run one batch to its end; returns its duration in seconds and the timelines.
+    """Run one batch of random prompts to its end, greedily; returns its seconds and timelines.
 
     Each run has its own cache salt, so nothing is served from the prefix cache of an earlier one.
+
+    Raises:
+        EngineDeadError: a request failed.
     """
     rng = random.Random(f"{batch} {salt}")
     params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
     start_s = SYSTEM_CLOCK.monotonic()
     timelines = {f"{salt}-{idx}": RequestTimeline(arrived_s=start_s) for idx in range(batch)}
     for request_id in timelines:
-        ids = rng.choices(range(group.info.vocab_size), k=args.input_len)
+        ids = rng.choices(range(group.info.vocab_size), k=input_len)
         group.submit(
             GenerateRequest(
                 request_id=request_id, prompt_token_ids=ids, params=params, cache_salt=salt

@@ -75,9 +75,9 @@ def pseudo_random(key: str, shape: tuple[int, ...]) -> F32:
     return values.reshape(shape)
 
 
-def toy_checkpoint(name: str, *, seed: int = 0) -> ToyCheckpoint:
-    """The toy called `name` (see TOY_MODELS)."""
-    config = _TOYS[name]()
+def toy_checkpoint(name: str, *, seed: int = 0, **changes: Any) -> ToyCheckpoint:
+    """The toy called `name` (see TOY_MODELS), with changes to its config.json."""
+    config = _TOYS[name]() | changes
     return ToyCheckpoint(config, _shapes(config), seed=seed)
 
 
