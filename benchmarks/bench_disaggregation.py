@@ -2,8 +2,8 @@
 (1A1E) against one colocated engine with two threads on the same two cores.
 
 Both are up at the same time and take turns; the idle one sleeps. A batch of random prompts runs to
-its end. Reported are medians over interleaved runs, where the time goes, the machine's ceilings, and
-the memory of 2 attention and 1 expert worker against two colocated replicas; last line: JSON.
+its end. Reported are medians over interleaved runs, where the time goes, the machine's ceilings,
+and the memory of 2 attention and 1 expert worker against two colocated replicas; last line: JSON.
 """
 
 from __future__ import annotations
@@ -102,11 +102,13 @@ class Worker:
             say({"stages": self._times.seconds()})
 
     def _group(self) -> DPGroup:
-        config = EngineConfig(num_microbatches=self._order["num_microbatches"])
         name, rank = self._model.spec.family, self._order.get("rank")
         if rank is None:
             return build_dp_group(
-                model=self._model, model_name=name, config=config, stage_times=self._times
+                model=self._model,
+                model_name=name,
+                config=EngineConfig(),
+                stage_times=self._times,
             )
         transport = XcclTransport(
             port=self.port(rank),
@@ -117,7 +119,7 @@ class Worker:
         return build_dp_group(
             model=self._model,
             model_name=name,
-            config=config,
+            config=EngineConfig(num_microbatches=self._order["num_microbatches"]),
             transport=transport,
             stage_times=self._times,
         )
@@ -241,6 +243,7 @@ def compare(model: Path, dtype: str, args: argparse.Namespace) -> dict[str, Any]
             results.append(compare_batch(batch, split, whole, args))
             computed_s = server.ask()["stages"]["expert"] - before
             results[-1]["expert_share"] = computed_s / results[-1].pop("split_seconds")
+            results[-1]["balance_bound"] = balance_bound(results[-1])
             print_row(results[-1])
     return {"dtype": dtype, "batches": results}
 
@@ -282,14 +285,25 @@ def stage_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {stage: sum(run["stages"][stage] for run in runs) / total for stage in stages}
 
 
+def balance_bound(result: dict[str, Any]) -> float:
+    """The ratio if the two workers overlapped completely: the busier one sets the pace.
+
+    Colocated threads share all work evenly; work that belongs to one worker cannot be shared.
+    """
+    attention = 1.0 - result["stage_share"]["wait"]
+    expert: float = result["expert_share"]
+    return (attention + expert) / (2 * max(attention, expert))
+
+
 def print_row(result: dict[str, Any]) -> None:
     """One line of the table."""
     rates = result["output_tokens_per_s"]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in result["stage_share"].items())
     print(
         f"{result['batch']:>6}{rates['colocated']:>11.1f}{rates['1A1E']:>8.1f}"
-        f"{result['ratio']:>7.2f}  {shares}; expert busy {result['expert_share']:.0%}; decode only: "
-        f"{result['decode_ratio']:.2f}",
+        f"{result['ratio']:>7.2f}  {shares}; expert busy {result['expert_share']:.0%}; "
+        f"decode only: {result['decode_ratio']:.2f}; bound by balance: "
+        f"{result['balance_bound']:.2f}",
         flush=True,
     )
 

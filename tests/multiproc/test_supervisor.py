@@ -132,7 +132,10 @@ async def test_scale_up_and_down_with_drain() -> None:
         await running.cluster.scale({"attention": 2, "expert": 3})
         await running.until(is_settled("dp0", "dp1", "expert0", "expert1", "expert2"))
         assert running.member("expert0").spec.experts == (0, 3)
+        running.order("dp1", "stubborn")  # drains long enough to be seen
         await running.cluster.scale({"attention": 1, "expert": 1})
+        await running.until(is_in("dp1", WorkerState.DRAINING, 1))
+        await running.until_told()
         await running.until(is_settled("dp0", "expert0"))
         await running.until_told()
         assert running.pid("dp0") == dp0
