@@ -6,6 +6,8 @@ its end. Reported are medians over interleaved runs, where the time goes, the ma
 and the memory of 2 attention and 1 expert worker against two colocated replicas; last line: JSON.
 """
 
+# size: a worker and its control read together; two files would need a third for what they share
+
 from __future__ import annotations
 
 import argparse

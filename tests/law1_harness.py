@@ -67,8 +67,10 @@ def request(request_id: str, prompt: Sequence[int], **params: Any) -> GenerateRe
     )
 
 
-def mixed_requests(vocab_size: int, count: int, *, max_tokens: int = 8) -> list[GenerateRequest]:
-    """Requests of many lengths and every way of sampling, the same on every run."""
+def mixed_requests(
+    vocab_size: int, count: int, *, max_tokens: int = 8, seed: int = 0
+) -> list[GenerateRequest]:
+    """Requests of many lengths and every way of sampling, the same on every run of a `seed`."""
     styles: list[dict[str, Any]] = [
         {},
         {"temperature": 0.8, "seed": 11},
@@ -79,9 +81,11 @@ def mixed_requests(vocab_size: int, count: int, *, max_tokens: int = 8) -> list[
     ]
     requests = []
     for idx in range(count):
-        length = LONG_PROMPT if idx % 8 == 7 else 1 + (idx * 13) % 37
-        prompt = [3 + (idx * 101 + j * 29 + j * j) % (vocab_size - 3) for j in range(length)]
-        params = {"max_tokens": max_tokens} | styles[idx % len(styles)]
+        salt = idx + 17 * seed
+        length = LONG_PROMPT if salt % 8 == 7 else 1 + (salt * 13) % 37
+        prompt = [3 + (salt * 101 + j * 29 + j * j) % (vocab_size - 3) for j in range(length)]
+        params = {"max_tokens": max_tokens, "seed": 7} | styles[idx % len(styles)]
+        params["seed"] += 100 * seed
         requests.append(request(f"r{idx}", prompt, **params))
     return requests
 

@@ -26,7 +26,8 @@ class EngineClient(Protocol):
         within one engine step.
 
         Raises:
-            CapacityError: the waiting queue is full; nothing was accepted.
+            CapacityError: the waiting queue is full; nothing was accepted. An engine in another
+                process says so at the first read of the stream instead of here.
             RequestError: prompt too long or an id out of range; nothing was accepted.
             EngineDeadError: the engine loop ended before or during the request.
         """

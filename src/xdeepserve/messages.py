@@ -190,10 +190,12 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             repeats it.
         is_idle: the loop has no work, so that standing still is no reproach.
         load: named numbers for `xds status`, such as running requests.
+        stage_s: seconds by stage of the loop since the start of the process.
         error: why the loop ended for good; None while it lives.
     """
 
     progress: float
     is_idle: bool = False
     load: dict[str, float] = {}
+    stage_s: dict[str, float] = {}
     error: str | None = None

@@ -67,8 +67,14 @@ def make_transport(
         world.close()
 
 
-def make_call(model: Model, layer_idx: int, num_tokens: int = 7) -> FfnCall:
-    """Random hidden states and, on an MoE layer, random routes with some slots skipped."""
+def make_call(
+    model: Model, layer_idx: int, num_tokens: int = 7, *, skipped: float = 0.0
+) -> FfnCall:
+    """Random hidden states and, on an MoE layer, random routes with at least one slot skipped.
+
+    Args:
+        skipped: share of the other slots that are skipped.
+    """
     hidden = pseudo_random(f"hidden{layer_idx}", (num_tokens, model.spec.hidden_size))
     moe = model.spec.moe_of(layer_idx)
     if moe is None:
@@ -77,6 +83,7 @@ def make_call(model: Model, layer_idx: int, num_tokens: int = 7) -> FfnCall:
     ids = np.argsort(rng.random((num_tokens, moe.gate.num_experts)), axis=1)
     topk_ids: I32 = np.ascontiguousarray(ids[:, : moe.gate.top_k], dtype=np.int32)
     topk_ids[num_tokens // 2, 0] = -1
+    topk_ids[rng.random(topk_ids.shape) < skipped] = -1
     topk_weights: F32 = rng.random(topk_ids.shape, dtype=np.float32)
     return FfnCall(layer_idx, hidden, topk_ids, topk_weights)
 
@@ -99,6 +106,19 @@ def test_combine_equals_the_models_own_units(
     transport = make_transport(model)
     for layer_idx in range(model.spec.num_layers):
         call = make_call(model, layer_idx)
+        got = transport.combine(dispatch(transport, call))
+        np.testing.assert_array_equal(got, local_ffn(model, call))
+
+
+@pytest.mark.parametrize("skipped", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_tokens", [1, 512])
+def test_steps_of_any_size_and_rows_without_experts(
+    make_transport: Callable[[Model], MoeTransport], num_tokens: int, skipped: float
+) -> None:
+    model = toy_model("deepseek_v3", "float32", "cpu", 1)
+    transport = make_transport(model)
+    for layer_idx in range(model.spec.num_layers):
+        call = make_call(model, layer_idx, num_tokens, skipped=skipped)
         got = transport.combine(dispatch(transport, call))
         np.testing.assert_array_equal(got, local_ffn(model, call))
 

@@ -1,9 +1,10 @@
 """ExpertLoadStats: how many tokens each expert of each layer got, in a ring of time windows.
 
-    step loop:   record(layer, topk_ids) ... take_report() --> one small message per period
-    controller:  add(report of every DP group) ... roll()  --> load() / windows() --> placement
+    DP group:    record(layer, topk_ids) ... report()      --> running totals, when asked
+    controller:  add(report.since(the one before)) ... roll()  --> load() / windows() --> placement
 
-Both ends use the same class. Memory is bounded: num_windows x L x E counters.
+Both ends use the same class. A lost report loses nothing, the next one has its counts too. Memory
+is bounded: num_windows x L x E counters.
 """
 
 from __future__ import annotations
@@ -17,21 +18,34 @@ from xdeepserve.errors import ConfigError, IntegrityError
 from xdeepserve.ops import I32
 
 _WIRE = np.dtype("<u4")
-_MAX_COUNT = np.iinfo(np.uint32).max
 
 
 class ExpertLoadReport(msgspec.Struct, frozen=True, gc=False, tag=True):
-    """What one DP group counted since its last report.
+    """What one DP group counted.
 
     Attributes:
         num_layers: L.
         num_experts: E.
-        counts: [L, E] little-endian uint32, row by row; saturating.
+        counts: [L, E] little-endian uint32, row by row; modulo 2**32.
     """
 
     num_layers: int
     num_experts: int
     counts: bytes
+
+    def since(self, earlier: ExpertLoadReport) -> ExpertLoadReport:
+        """What was counted between two reports of running totals, less than 2**32 per expert.
+
+        Raises:
+            IntegrityError: the sizes contradict each other.
+        """
+        if (self.num_layers, self.num_experts) != (earlier.num_layers, earlier.num_experts):
+            raise IntegrityError(
+                f"an expert load report of {self.num_layers} x {self.num_experts} follows one of "
+                f"{earlier.num_layers} x {earlier.num_experts}"
+            )
+        counted = self.to_array() - earlier.to_array()
+        return ExpertLoadReport(self.num_layers, self.num_experts, _to_wire(counted))
 
     def to_array(self) -> NDArray[np.int64]:
         """[L, E] int64.
@@ -49,8 +63,15 @@ class ExpertLoadReport(msgspec.Struct, frozen=True, gc=False, tag=True):
         return flat.reshape(self.num_layers, self.num_experts)
 
 
+def _to_wire(counts: NDArray[np.int64]) -> bytes:
+    return counts.astype(_WIRE).tobytes()
+
+
 class ExpertLoadStats:
-    """Counters of one DP group, or of all of them at the controller. One thread at a time."""
+    """Counters of one DP group, or of all of them at the controller.
+
+    One thread counts; `report` may be called from another and misses at most the step under way.
+    """
 
     def __init__(self, *, num_layers: int, num_experts: int, num_windows: int = 8) -> None:
         if min(num_layers, num_experts, num_windows) < 1:
@@ -89,12 +110,10 @@ class ExpertLoadStats:
             )
         self._ring[self._open] += counts
 
-    def take_report(self) -> ExpertLoadReport:
-        """The open window as a message; it is empty afterwards."""
+    def report(self) -> ExpertLoadReport:
+        """The open window as a message; in a group, which never rolls: all since its start."""
         window = self._ring[self._open]
-        counts = np.minimum(window, _MAX_COUNT).astype(_WIRE).tobytes()
-        window[:] = 0
-        return ExpertLoadReport(self._ring.shape[1], self._ring.shape[2], counts)
+        return ExpertLoadReport(self._ring.shape[1], self._ring.shape[2], _to_wire(window))
 
     def roll(self) -> None:
         """Close the open window; the oldest one is forgotten when the ring is full."""

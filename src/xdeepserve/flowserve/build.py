@@ -8,7 +8,7 @@ import os
 from xdeepserve.clock import SYSTEM_CLOCK, Clock
 from xdeepserve.config import EngineConfig
 from xdeepserve.errors import ConfigError
-from xdeepserve.flowserve.dp_group import DPGroup
+from xdeepserve.flowserve.dp_group import DEFAULT_NAME, DPGroup
 from xdeepserve.flowserve.engine_client import InProcClient
 from xdeepserve.flowserve.executor import InProcExecutor
 from xdeepserve.flowserve.scheduler import Scheduler
@@ -29,6 +29,7 @@ def build_engine(
     model_name: str,
     config: EngineConfig,
     clock: Clock = SYSTEM_CLOCK,
+    stage_times: StageTimes | None = None,
 ) -> InProcClient:
     """Build a colocated engine: one DP group with the experts in its process.
 
@@ -37,6 +38,7 @@ def build_engine(
         model_name: the name that `EngineInfo` reports.
         config: budgets and KV pool.
         clock: for heartbeats and drain.
+        stage_times: where the stages of steps are counted; None = nowhere else.
 
     Returns:
         The client; `start` it from any thread, use it on one event loop, `close` it.
@@ -49,6 +51,7 @@ def build_engine(
         model_name=model_name,
         config=config,
         clock=clock,
+        stage_times=stage_times,
     )
     return InProcClient(group)
 
@@ -61,14 +64,15 @@ def build_dp_group(
     clock: Clock = SYSTEM_CLOCK,
     transport: MoeTransport | None = None,
     stage_times: StageTimes | None = None,
+    name: str = DEFAULT_NAME,
 ) -> DPGroup:
     """A DP group, not started; tests step it by hand.
 
     Args:
         transport: leads to the FFNs and experts, owned by the group from now on; None = they are
             computed in this process.
-        stage_times: where the stages of steps are counted; None = nowhere else.
-        model, model_name, config, clock: see `build_engine`.
+        name: of the step loop's thread.
+        model, model_name, config, clock, stage_times: see `build_engine`.
 
     Raises:
         ConfigError: as `build_engine`.
@@ -100,6 +104,7 @@ def build_dp_group(
         executor=executor,
         clock=clock,
         max_num_waiting=config.max_num_waiting,
+        name=name,
     )
 
 

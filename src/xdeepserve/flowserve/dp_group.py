@@ -37,6 +37,9 @@ IDLE_WAKE_S: Final = 1.0
 DEFAULT_STALL_TIMEOUT_S: Final = 600.0
 """A loop that has finished no step for so long counts as dead."""
 
+DEFAULT_NAME: Final = "xds:dp0"
+"""Of the only group of a process."""
+
 Outbox = Callable[[list[TokenOutput]], None]
 
 
@@ -59,6 +62,7 @@ class DPGroup:
         clock: Clock,
         max_num_waiting: int,
         stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+        name: str = DEFAULT_NAME,
     ) -> None:
         """Make a stopped group; `start` runs it.
 
@@ -69,6 +73,7 @@ class DPGroup:
             clock: for the heartbeat and the drain deadline.
             max_num_waiting: most accepted requests that do not run yet.
             stall_timeout_s: see `is_alive`.
+            name: of the loop's thread.
         """
         self.info = info
         self._scheduler = scheduler
@@ -80,7 +85,7 @@ class DPGroup:
         self._num_inbox_blocks = 0
         self._wakeup = threading.Condition()
         self._outbox: Outbox = _discard
-        self._thread = threading.Thread(target=self._run, name="xds:dp0", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._plan: StepPlan | None = None
         # Outputs of the step under way; kept here, so that a failing step does not lose them.
         self._outputs: list[TokenOutput] = []

@@ -80,9 +80,16 @@ class ExpertRoleSpec(RoleSpec):
         (), "Experts of each worker as [start, stop), one per rank; empty = an even split."
     )
     replicas: int = option(0, "Redundant experts that each worker holds besides its slice.")
+    rebalance_interval_s: float = option(
+        10.0, "Time between two looks at the experts' load; 0 = they move for scaling only."
+    )
 
     def __post_init__(self) -> None:
         RoleSpec.__post_init__(self)
+        _require(
+            math.isfinite(self.rebalance_interval_s) and self.rebalance_interval_s >= 0,
+            f"rebalance_interval_s={self.rebalance_interval_s} must be finite and >= 0",
+        )
         _require(self.replicas >= 0, f"replicas={self.replicas} must not be negative")
         _require(
             self.replicas == 0 or self.count >= 2,

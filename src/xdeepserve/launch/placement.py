@@ -1,16 +1,22 @@
 """Placement: which FFN and expert workers compute what; the supervisor's part of the routing.
 
-base_table(slices, replicas) --> Placement(epoch n) --published with the membership-->
+first_placement --> Placement(epoch n) --published with the membership-->
     DP groups: routing_table(placement) --> LiveRouting.swap
+workers come and go --> moved_to(ranks): complete at once, new ranks still empty
+load, new ranks     --> plan_experts(load): where to migrate by ticks
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import chain
+from typing import Final
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
+from xdeepserve.eplb import ExpertPlacement, place_experts, resize
 from xdeepserve.launch.deployment import Slices
 from xdeepserve.launch.fabric import Fabric
 from xdeepserve.launch.plan import ModelShape
@@ -18,6 +24,12 @@ from xdeepserve.transformerless.routing import RoutingTable
 
 EMPTY = -1
 """Content of a slot that holds no expert."""
+
+TOLERANCE: Final = 0.01
+"""How much better a peak must be, as a fraction, to be worth more moves."""
+
+LEAVE_TOLERANCE: Final = 0.2
+"""The same when a rank leaves: nobody prepares the moves, and the next rebalance will see."""
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +69,11 @@ def base_table(shape: ModelShape, slices: Slices, replicas: int) -> list[list[in
     return [row] * shape.num_layers
 
 
+def empty_placement(epoch: int, shape: ModelShape) -> Placement:
+    """Nobody serves FFNs or experts: the DP groups compute them themselves."""
+    return Placement(epoch=epoch, ffn=(), expert=(), table=[[]] * shape.num_layers)
+
+
 def routing_table(placement: Placement, shape: ModelShape, fabric: Fabric) -> RoutingTable:
     """The placement in XCCL ranks."""
     return RoutingTable.build(
@@ -83,3 +100,124 @@ def ranks_in_use(
         return tuple(sorted(wanted))
     kept = {rank for rank in wanted if rank in current or rank in ready}
     return tuple(sorted(kept or wanted))
+
+
+def idle_ranks(placement: Placement) -> tuple[int, ...]:
+    """Expert ranks in use that hold no expert in any layer: they have just joined."""
+    rows = _experts_by_rank(placement)
+    return tuple(rank for rank, row in zip(placement.expert, rows, strict=True) if not any(row))
+
+
+def moved_to(
+    placement: Placement,
+    *,
+    ffn: tuple[int, ...],
+    expert: tuple[int, ...],
+    load: NDArray[np.float64],
+    replicas: int,
+) -> Placement:
+    """The next placement, for other ranks: what stays keeps its experts, new ranks get none yet.
+
+    Where the last replica of an expert leaves, the others take over at once, balanced by load.
+
+    Args:
+        placement: in force.
+        ffn, expert: ranks in use from now on.
+        load: [L, E] tokens per expert.
+        replicas: redundant experts on each worker.
+    """
+    table = placement.table
+    if expert != placement.expert:
+        current = _arranged(placement, expert, load.shape[1])
+        if (current.num_replicas < 1).any():
+            _, current = _planned(placement, expert, load, replicas, tolerance=LEAVE_TOLERANCE)
+        table = current.physical_to_logical.tolist()
+    return Placement(epoch=placement.epoch + 1, ffn=ffn, expert=expert, table=table)
+
+
+def plan_experts(
+    placement: Placement, load: NDArray[np.float64], replicas: int
+) -> tuple[ExpertPlacement, ExpertPlacement]:
+    """The experts as they are placed, and as they should be for this load; of one shape.
+
+    Args:
+        placement: in force, with at least one expert rank.
+        load: [L, E] tokens per expert.
+        replicas: redundant experts on each worker.
+    """
+    return _planned(placement, placement.expert, load, replicas, tolerance=TOLERANCE)
+
+
+def with_experts(placement: Placement, experts: ExpertPlacement) -> Placement:
+    """The next placement, with these experts on the same ranks."""
+    return Placement(
+        epoch=placement.epoch + 1,
+        ffn=placement.ffn,
+        expert=placement.expert,
+        table=experts.physical_to_logical.tolist(),
+    )
+
+
+def expert_placement(placement: Placement, num_experts: int) -> ExpertPlacement:
+    """The experts as they are placed."""
+    return _arranged(placement, placement.expert, num_experts)
+
+
+def _planned(
+    placement: Placement,
+    ranks: tuple[int, ...],
+    load: NDArray[np.float64],
+    replicas: int,
+    *,
+    tolerance: float,
+) -> tuple[ExpertPlacement, ExpertPlacement]:
+    num_experts, num_ranks = load.shape[1], len(ranks)
+    # One worker holds all experts, and none holds an expert twice.
+    num_replicas = min(num_experts + replicas * num_ranks, num_experts * num_ranks)
+    num_slots = -(-num_replicas // num_ranks)
+    # Beyond what a rank will hold, its last slots go first: at the start the redundant ones.
+    target = place_experts(
+        load,
+        num_replicas=num_replicas,
+        num_ranks=num_ranks,
+        current=_arranged(placement, ranks, num_experts, exact_slots=num_slots),
+        tolerance=tolerance,
+    )
+    current = _arranged(placement, ranks, num_experts, min_slots=num_slots)
+    slots = current.slots_per_rank
+    return current, resize(target, num_ranks=num_ranks, slots_per_rank=slots)
+
+
+def _arranged(
+    placement: Placement,
+    ranks: tuple[int, ...],
+    num_experts: int,
+    *,
+    min_slots: int = 1,
+    exact_slots: int | None = None,
+) -> ExpertPlacement:
+    """The placed experts on other ranks: those not placed yet are empty, experts may be missing."""
+    held = dict(zip(placement.expert, _experts_by_rank(placement), strict=True))
+    nothing: list[list[int]] = [[]] * len(placement.table)
+    rows = [held.get(rank, nothing) for rank in ranks]
+    num_slots = exact_slots or max(min_slots, *(len(row) for rank in rows for row in rank), 1)
+    table = [
+        list(chain.from_iterable(_slots(rank[layer_idx], num_slots) for rank in rows))
+        for layer_idx in range(len(placement.table))
+    ]
+    return ExpertPlacement.from_physical(table, num_experts=num_experts, num_ranks=len(ranks))
+
+
+def _slots(experts: list[int], num_slots: int) -> list[int]:
+    return experts[:num_slots] + [EMPTY] * (num_slots - len(experts))
+
+
+def _experts_by_rank(placement: Placement) -> list[list[list[int]]]:
+    """For each rank in use, the experts of each layer, in the order of its slots."""
+    if not placement.expert:
+        return []
+    width = len(placement.table[0]) // len(placement.expert)
+    return [
+        [[e for e in row[start : start + width] if e != EMPTY] for row in placement.table]
+        for start in range(0, width * len(placement.expert), width)
+    ]

@@ -95,12 +95,17 @@ def _serve_colocated(
     access_log: bool,
 ) -> int:
     from xdeepserve.flowserve.build import build_engine
+    from xdeepserve.launch.cluster_metrics import StageCollector
     from xdeepserve.maas.app import create_app
     from xdeepserve.maas.server import run_server
     from xdeepserve.text.generation_config import SamplingDefaults
     from xdeepserve.text.tokenizer import Tokenizer
+    from xdeepserve.transformerless.stage_times import StageTimes
 
-    engine = build_engine(model=loaded.model, model_name=names[0], config=deployment.limits)
+    times = StageTimes()
+    engine = build_engine(
+        model=loaded.model, model_name=names[0], config=deployment.limits, stage_times=times
+    )
     tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
     app = create_app(
         engine,
@@ -108,6 +113,7 @@ def _serve_colocated(
         deployment.gateway,
         model_names=names,
         defaults=SamplingDefaults.from_folder(loaded.tokenizer_dir),
+        collectors=[StageCollector(times)],
     )
     engine.start()
     run_server(app, deployment.gateway, listener=listener, access_log=access_log)

@@ -11,6 +11,7 @@ from typing import Final
 from setproctitle import setproctitle
 
 from xdeepserve.launch.cluster import Cluster
+from xdeepserve.launch.cluster_metrics import ClusterCollector
 from xdeepserve.launch.compose import LoadedModel, shape_of
 from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.plan import resolve
@@ -73,6 +74,8 @@ async def _serve(
     members = RouterMembers(drain_timeout_s=deployment.supervision.drain_timeout_s)
     cluster = Cluster(service, members)
     logger.info("run %s in %s", cluster.run.run_id, cluster.run.path)
+    collector = ClusterCollector()
+    following = asyncio.create_task(collector.follow(cluster))
     ready_line = f"xdeepserve: serving {names[0]} on {url_of(listener)}"
     try:
         await cluster.start(timeout_s=deployment.supervision.start_timeout_s)
@@ -82,6 +85,7 @@ async def _serve(
             deployment.gateway,
             model_names=names,
             defaults=defaults,
+            collectors=[collector],
         )
         server = make_server(
             app,
@@ -91,4 +95,5 @@ async def _serve(
         )
         await server.serve(sockets=[listener])
     finally:
+        following.cancel()
         await cluster.stop(drain_timeout_s=STOP_DRAIN_S)

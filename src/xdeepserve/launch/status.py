@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -15,7 +15,13 @@ from xdeepserve.launch.supervisor.client import status_of
 from xdeepserve.launch.supervisor.messages import Member, Status
 from xdeepserve.messages import Heartbeat
 
-COLUMNS = ("WORKER", "ROLE", "STATE", "PID", "INC", "RESTARTS", "UPTIME", "EXPERTS", "LOAD", "NOTE")
+COLUMNS = (
+    *("WORKER", "ROLE", "STATE", "PID", "INC", "RESTARTS", "UPTIME"),
+    *("EXPERTS", "LOAD", "TIME", "NOTE"),
+)
+
+NUM_STAGES = 3
+"""Of a worker's loop that are shown, longest first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +57,7 @@ def render(status: Status, service: ServiceConfig, now_s: float) -> list[str]:
 def _row(member: Member, heartbeat: Heartbeat | None, now_s: float) -> tuple[str, ...]:
     alive = member.process is not None
     load = {} if heartbeat is None else heartbeat.load
+    stages = {} if heartbeat is None else heartbeat.stage_s
     experts = member.spec.experts
     return (
         member.name,
@@ -62,8 +69,16 @@ def _row(member: Member, heartbeat: Heartbeat | None, now_s: float) -> tuple[str
         _duration(now_s - member.started_at_s) if alive else "-",
         "-" if experts is None else f"{experts[0]}-{experts[1] - 1}",
         " ".join(f"{name}={value:g}" for name, value in load.items()) or "-",
+        _shares(stages) or "-",
         member.reason or "-",
     )
+
+
+def _shares(stages: Mapping[str, float]) -> str:
+    """Where the time of the loop has gone, in percent."""
+    total_s = sum(stages.values())
+    longest = sorted(stages, key=lambda stage: -stages[stage])[:NUM_STAGES]
+    return " ".join(f"{stage} {stages[stage] / total_s:.0%}" for stage in longest if total_s)
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -51,6 +52,7 @@ def create_app(
     model_names: Sequence[str],
     clock: Clock = SYSTEM_CLOCK,
     defaults: SamplingDefaults = PLAIN_SAMPLING,
+    collectors: Sequence[Collector] = (),
 ) -> Starlette:
     """The ASGI app over one engine. Its lifespan ends by closing the engine.
 
@@ -59,6 +61,7 @@ def create_app(
     Args:
         model_names: names clients may use for the model, at least one; the first is canonical.
         defaults: sampling parameters for requests that name none.
+        collectors: further metrics for `/metrics`; their `collect` must not block.
 
     Raises:
         ConfigError: no name, or the model's chat template does not compile (ModelFormatError).
@@ -80,7 +83,7 @@ def create_app(
         },
         lifespan=_lifespan,
     )
-    app.state.gateway = Gateway(
+    app.state.gateway = gateway = Gateway(
         engine=engine,
         tokenizer=tokenizer,
         prompts=prompts,
@@ -89,6 +92,8 @@ def create_app(
         clock=clock,
         defaults=defaults,
     )
+    for collector in collectors:
+        gateway.metrics.registry.register(collector)
     return app
 
 

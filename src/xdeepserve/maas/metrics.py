@@ -1,7 +1,7 @@
 """Prometheus metrics, names in vLLM's style under the prefix `xdeepserve:`.
 
 The gateway owns the latency histograms and outcome counters; queue and cache numbers are read from
-the engine's LoadReport when somebody scrapes.
+the engine's LoadReport when somebody scrapes. Whoever composes the app may add collectors.
 """
 
 from __future__ import annotations

@@ -63,15 +63,18 @@ class ExpertLeg:
         self, port: Port, hidden_states: F32, instances: I32, route: Route, tag: Tag
     ) -> None:
         self._hidden_size = hidden_states.shape[1]
+        self._num_instances = len(route.expert_owners)
         self.exchange = port.exchange(hidden_states)
         pairs, top_k = instances.reshape(-1), instances.shape[1]
         self.exchange.add_routed(pairs, top_k, None, route.expert_owners, tag, Module.EXPERT, [])
 
     def move(self, ranks: Sequence[int], route: Route, tag: Tag) -> bool:
         """See Leg.move."""
-        if not route.is_complete:
+        if not route.has_experts:
             return False
-        return self.exchange.reroute(ranks, route.expert_owners, tag)
+        # By first replicas, which every table has: the one in force may be another by now.
+        owners = np.resize(route.expert_owners[: route.num_experts], self._num_instances)
+        return self.exchange.reroute(ranks, owners, tag)
 
     def combine(self, topk_weights: F32) -> F32:
         """[T, H]: the weighted sum of the answers in slot order, from 0."""

@@ -54,6 +54,10 @@ class ModuleServer:
         finally:
             self._port.close()
 
+    def beat(self) -> None:
+        """Show askers that this process lives, also while it computes for long. Any thread."""
+        self._port.beat()
+
     def stop(self) -> None:
         """Ask `run` to return."""
         self._stop.set()

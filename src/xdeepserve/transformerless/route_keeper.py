@@ -6,6 +6,7 @@ or when its heart beats again. Exchanges report losses; recoveries are found by 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +18,8 @@ from xdeepserve.xccl import PeerState, Port
 LOOK_INTERVAL_S: Final = 0.005
 """Between two looks for ranks that came back while some are lost."""
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Route:
@@ -26,13 +29,15 @@ class Route:
         epoch: for the tags of exchanges; grows with every look at who answers.
         ffn_rank: -1 = nobody at present, or the asker itself.
         expert_owners: [R * E] int32 by instance id; -1 = nobody at present.
-        is_complete: every module that ranks serve has one that answers.
+        has_experts: every instance has an owner that answers.
+        num_experts: E.
     """
 
     epoch: int
     ffn_rank: int
     expert_owners: I32
-    is_complete: bool
+    has_experts: bool
+    num_experts: int
 
 
 class RouteKeeper:
@@ -55,7 +60,19 @@ class RouteKeeper:
 
     def route(self, layer_idx: int) -> Route:
         """Who answers for a layer, as of the latest look."""
-        return Route(self._epoch, self._ffn_rank, self._owners[layer_idx], self._is_complete)
+        return Route(
+            self._epoch,
+            self._ffn_rank,
+            self._owners[layer_idx],
+            self._has_experts,
+            self._table.num_replicas.shape[1],
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every module that ranks serve has one that answers, as of the latest look."""
+        has_ffn = self._ffn_rank != NOBODY or not self._table.ffn_ranks
+        return has_ffn and (self._has_experts or not self._table.expert_ranks)
 
     def look(self) -> None:
         """Link newcomers, and look at every rank of the table now."""
@@ -65,6 +82,7 @@ class RouteKeeper:
         self._next_look_s = SYSTEM_CLOCK.monotonic() + LOOK_INTERVAL_S
         self._epoch += 1
         if lost != self._lost:
+            logger.warning("ranks that do not answer: %s", sorted(lost) or "none any more")
             self._reckon(lost)
 
     def _use(self, table: RoutingTable) -> None:
@@ -79,10 +97,7 @@ class RouteKeeper:
         self._owners = table.expert_owners(lost)
         ffn = [rank for rank in table.ffn_ranks if rank not in lost]
         self._ffn_rank = ffn[self._port.rank % len(ffn)] if ffn else NOBODY
-        experts_left = any(rank not in lost for rank in table.expert_ranks)
-        self._is_complete = bool(ffn or not table.ffn_ranks) and (
-            experts_left or not table.expert_ranks
-        )
+        self._has_experts = any(rank not in lost for rank in table.expert_ranks)
 
     def _answers(self, rank: int) -> bool:
         if not self._port.is_linked(rank):

@@ -1,12 +1,12 @@
 """XcclTransport: FFNs and experts in other processes, reached over XCCL, alive through failures.
 
-    dispatch --> FFN leg and expert leg posted, own units computed meanwhile
+    dispatch --> FFN leg and expert leg posted, own modules computed meanwhile
     combine  --> wait --> shared + routed
                   |
-                  +-- rank lost: its share to a replica, to another rank, or to its next life
+                  +-- rank lost: its share to a replica or another rank; nobody left: computed here
 
 The hidden states stay here until the answers are in, so a lost rank costs time, never a token. A
-module without ranks in the routing table is computed by this process.
+module that no rank serves, by the routing table or at the moment, is computed by this process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.eplb import ExpertLoadStats
 from xdeepserve.errors import IntegrityError, PeerLost, XcclError, XcclTimeout
 from xdeepserve.models.moe import run_experts
 from xdeepserve.ops import F32, I32
@@ -25,15 +26,17 @@ from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, Leg
 from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag
 from xdeepserve.transformerless.partition import Partition
 from xdeepserve.transformerless.route_keeper import Route, RouteKeeper
-from xdeepserve.transformerless.routing import LiveRouting
+from xdeepserve.transformerless.routing import NOBODY, LiveRouting
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
 from xdeepserve.xccl import Port, Tag
 
-EXCHANGE_TIMEOUT_S: Final = 120.0
-"""How long a step waits for a module that nobody serves before the DP group gives up."""
+ANSWER_TIMEOUT_S: Final = 20.0
+"""A rank that lives but has not answered for so long is given up for this exchange."""
 
-RETRY_S: Final = 0.002
-"""Between two looks for somebody who takes over."""
+MAX_MOVES: Final = 16
+"""Times that a leg is given to others before this process computes it itself."""
+
+LINK_POLL_S: Final = 0.002
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +44,24 @@ logger = logging.getLogger(__name__)
 class XcclHandle:
     """An exchange under way: what was asked of others, and what was computed here."""
 
-    __slots__ = ("experts", "ffn", "is_open", "routed", "shared", "tag", "topk_weights")
+    __slots__ = (
+        "experts",
+        "ffn",
+        "hidden_states",
+        "is_open",
+        "routed",
+        "shared",
+        "tag",
+        "topk_ids",
+        "topk_weights",
+    )
 
-    def __init__(self, tag: StepTag, topk_weights: F32 | None) -> None:
+    def __init__(
+        self, tag: StepTag, hidden_states: F32, topk_ids: I32 | None, topk_weights: F32 | None
+    ) -> None:
         self.tag = tag
+        self.hidden_states = hidden_states
+        self.topk_ids = topk_ids
         self.topk_weights = topk_weights
         self.ffn: FfnLeg | None = None
         self.experts: ExpertLeg | None = None
@@ -52,11 +69,26 @@ class XcclHandle:
         self.routed: F32 | None = None
         self.is_open = True
 
+    def is_answered(self) -> bool:
+        """Whether what was asked of others is there."""
+        return all(leg.exchange.is_done() for leg in (self.ffn, self.experts) if leg is not None)
+
+    def give_up_ffn(self) -> None:
+        """Forget the FFN leg."""
+        if self.ffn is not None:
+            self.ffn.exchange.release()
+        self.ffn = None
+
+    def give_up_experts(self) -> None:
+        """Forget the expert leg."""
+        if self.experts is not None:
+            self.experts.exchange.release()
+        self.experts = None
+
     def release(self) -> None:
         """Free the slots of both legs."""
-        for leg in (self.ffn, self.experts):
-            if leg is not None:
-                leg.exchange.release()
+        self.give_up_ffn()
+        self.give_up_experts()
 
 
 class XcclTransport:
@@ -69,67 +101,84 @@ class XcclTransport:
         units: Partition,
         routing: LiveRouting,
         stage_times: StageTimes,
-        timeout_s: float = EXCHANGE_TIMEOUT_S,
+        load_stats: ExpertLoadStats | None = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         """Connect the attention side to its modules.
 
         Args:
             port: of this DP group, closed with the transport; its layout holds a step's rows.
-            units: computed here where the table names no rank.
+            units: computed here where nobody else does.
             routing: read at each dispatch.
             stage_times: where the stages of an exchange are counted.
-            timeout_s: how long an exchange may stay unanswered.
+            load_stats: where the tokens of each expert are counted; None = nowhere.
+            timeout_s: how long a rank that lives may leave a request unanswered.
         """
         self._port = port
         self._units = units
         self._routes = RouteKeeper(port, routing)
         self._times = stage_times
+        self._load_stats = load_stats
         self._timeout_s = timeout_s
         self.num_failovers = 0
+        self.num_fallbacks = 0
+
+    def wait_complete(self, *, timeout_s: float) -> bool:
+        """Return when every module has a rank that answers; False if not in time."""
+        deadline_s = SYSTEM_CLOCK.monotonic() + timeout_s
+        while not self._routes.is_complete:
+            if SYSTEM_CLOCK.monotonic() > deadline_s:
+                return False
+            time.sleep(LINK_POLL_S)
+            self._routes.table()
+        return True
 
     def dispatch(
         self, *, tag: StepTag, hidden_states: F32, topk_ids: I32 | None, topk_weights: F32 | None
     ) -> XcclHandle:
         """Send, then compute what this process does itself; see MoeTransport.dispatch."""
-        handle = XcclHandle(tag, topk_weights)
+        handle = XcclHandle(tag, hidden_states, topk_ids, topk_weights)
         with self._times.measure(Stage.DISPATCH):
-            self._send(handle, hidden_states, topk_ids)
+            if len(hidden_states):
+                self._send(handle)
         with self._times.measure(Stage.OWN_MODULES):
-            self._compute(handle, hidden_states, topk_ids)
+            self._compute(handle)
         return handle
 
-    def _send(self, handle: XcclHandle, hidden_states: F32, topk_ids: I32 | None) -> None:
+    def _send(self, handle: XcclHandle) -> None:
         """Post the legs for modules that others serve."""
         layer_idx, table = handle.tag.layer_idx, self._routes.table()
-        if len(hidden_states) == 0:
-            return
-        if table.ffn_ranks and self._units.ffn[layer_idx] is not None:
-            route = self._wait_for_route(layer_idx)
-            tag = _tag(handle.tag, route)
-            handle.ffn = FfnLeg(self._port, hidden_states, route, tag)
+        route = self._routes.route(layer_idx)
+        tag = _tag(handle.tag, route)
+        if route.ffn_rank != NOBODY and self._units.ffn[layer_idx] is not None:
+            handle.ffn = FfnLeg(self._port, handle.hidden_states, route, tag)
             self._post(handle.ffn)
-        if table.expert_ranks and topk_ids is not None:
-            route = self._wait_for_route(layer_idx)
-            instances = table.instances(layer_idx, topk_ids)
-            tag = _tag(handle.tag, route)
-            handle.experts = ExpertLeg(self._port, hidden_states, instances, route, tag)
+        if not table.expert_ranks or handle.topk_ids is None:
+            return
+        if self._load_stats is not None:
+            self._load_stats.record(layer_idx, handle.topk_ids)
+        if route.has_experts:
+            instances = table.instances(layer_idx, handle.topk_ids)
+            handle.experts = ExpertLeg(self._port, handle.hidden_states, instances, route, tag)
             self._post(handle.experts)
 
-    def _compute(self, handle: XcclHandle, hidden_states: F32, topk_ids: I32 | None) -> None:
-        """Compute the modules that no rank serves."""
+    def _compute(self, handle: XcclHandle) -> None:
+        """Compute the modules that nobody else does, unless that is done already."""
         ffn = self._units.ffn[handle.tag.layer_idx]
-        if ffn is not None and handle.ffn is None:
-            handle.shared = ffn(hidden_states)
+        if ffn is not None and handle.ffn is None and handle.shared is None:
+            handle.shared = ffn(handle.hidden_states)
         experts = self._units.experts[handle.tag.layer_idx]
-        if experts is None or handle.experts is not None:
+        if experts is None or handle.experts is not None or handle.routed is not None:
             return
-        assert topk_ids is not None, "an MoE layer routes"
+        assert handle.topk_ids is not None, "an MoE layer routes"
         assert handle.topk_weights is not None, "an MoE layer weighs"
-        handle.routed = run_experts(experts, hidden_states, topk_ids, handle.topk_weights)
+        handle.routed = run_experts(
+            experts, handle.hidden_states, handle.topk_ids, handle.topk_weights
+        )
 
     def _post(self, leg: Leg) -> None:
         # A slot that a lost rank blocks is posted by the wait, after its share has moved.
-        with contextlib.suppress(PeerLost):
+        with contextlib.suppress(PeerLost, XcclTimeout):
             leg.exchange.post(self._timeout_s)
 
     def combine(self, handle: DispatchHandle) -> F32:
@@ -137,67 +186,55 @@ class XcclTransport:
 
         Raises:
             IntegrityError: the handle was used before, or is not this transport's.
-            XcclTimeout: nobody has served a module for the whole timeout.
             XcclError: a rank refuses what it was asked: it runs another model.
         """
         exchange = _use_up(handle)
         try:
             with self._times.measure(Stage.WAIT):
-                self._finish_all(exchange)
+                self._settle(exchange)
+            with self._times.measure(Stage.OWN_MODULES):
+                self._compute(exchange)
             with self._times.measure(Stage.COMBINE):
                 return _add_up(exchange)
         finally:
             exchange.release()
 
-    def _finish_all(self, handle: XcclHandle) -> None:
-        legs: list[Leg] = [leg for leg in (handle.ffn, handle.experts) if leg is not None]
-        for leg in legs:
-            self._finish(leg, handle.tag)
-        while not all(leg.exchange.is_done() for leg in legs):
-            # The answer of one was lost with its rank while the other was waited for.
-            for leg in legs:
-                self._finish(leg, handle.tag)
-
-    def _finish(self, leg: Leg, tag: StepTag) -> None:
-        """Return when the leg is answered, by whomever."""
-        deadline_s = SYSTEM_CLOCK.monotonic() + self._timeout_s
+    def _settle(self, handle: XcclHandle) -> None:
+        """Return when every leg is answered or given up."""
         while True:
-            left_s = deadline_s - SYSTEM_CLOCK.monotonic()
+            if handle.ffn is not None and not self._finish(handle.ffn, handle.tag):
+                handle.give_up_ffn()
+            if handle.experts is not None and not self._finish(handle.experts, handle.tag):
+                handle.give_up_experts()
+            # The answer of one may be lost with its rank while the other is waited for.
+            if handle.is_answered():
+                return
+
+    def _finish(self, leg: Leg, tag: StepTag) -> bool:
+        """Return when the leg is answered, by whomever; False when nobody is left to do so."""
+        for _ in range(MAX_MOVES):
             try:
-                leg.exchange.wait(max(left_s, 0.0))
+                leg.exchange.wait(self._timeout_s)
             except PeerLost as lost:
-                if left_s <= 0:
-                    raise self._timeout(tag.layer_idx) from lost
-                self._move(leg, lost.ranks, tag)
+                if not self._move(leg, lost.ranks, tag):
+                    break
                 continue
+            except XcclTimeout as late:
+                logger.error("%s: ranks %s do not answer", tag, late.ranks)
+                break
             if refused := leg.exchange.refused_ranks:
                 raise XcclError(f"{tag}: ranks {refused} refuse to compute it", tuple(refused))
-            return
+            return True
+        self.num_fallbacks += 1
+        return False
 
-    def _move(self, leg: Leg, ranks: Sequence[int], tag: StepTag) -> None:
-        """Give the share of lost ranks to others; where there are none yet, wait a little."""
+    def _move(self, leg: Leg, ranks: Sequence[int], tag: StepTag) -> bool:
+        """Give the share of lost ranks to others; False when there are none."""
         self._routes.look()
         route = self._routes.route(tag.layer_idx)
-        if leg.move(ranks, route, _tag(tag, route)):
-            self.num_failovers += 1
-            logger.warning("ranks %s are lost; their share of %s moves", list(ranks), tag)
-        else:
-            time.sleep(RETRY_S)
-
-    def _wait_for_route(self, layer_idx: int) -> Route:
-        """The route of a layer once every module of it has somebody to answer."""
-        deadline_s = SYSTEM_CLOCK.monotonic() + self._timeout_s
-        while True:
-            route = self._routes.route(layer_idx)
-            if route.is_complete:
-                return route
-            if SYSTEM_CLOCK.monotonic() > deadline_s:
-                raise self._timeout(layer_idx)
-            time.sleep(RETRY_S)
-            self._routes.look()
-
-    def _timeout(self, layer_idx: int) -> XcclTimeout:
-        return XcclTimeout(f"nobody has served layer {layer_idx} for {self._timeout_s:g} s")
+        has_moved = leg.move(ranks, route, _tag(tag, route))
+        self.num_failovers += has_moved
+        return has_moved
 
     def release(self, handle: DispatchHandle) -> None:
         """Forget an exchange; see MoeTransport.release."""

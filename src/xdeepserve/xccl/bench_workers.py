@@ -24,7 +24,7 @@ WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker does: "echo", "expert" or "ep", as `rank` among `ranks`."""
+    """What a worker does: "expert" or "ep", as `rank` among `ranks`."""
 
     work: str
     rank: int
@@ -81,20 +81,6 @@ def routing(job: Job, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     return hidden, np.array(picks, np.int32), weights, expert_rank
 
 
-def echo(port: Port, job: Job) -> None:
-    """Returns messages. A message of tag STOP announces the size of those that follow; 0 ends."""
-    word = np.zeros(1, np.uint64)
-    while True:
-        port.recv(0, word, WAIT_S)
-        size, rounds = int(word[0]) >> 32, int(word[0]) & 0xFFFF_FFFF
-        if rounds == 0:
-            return
-        data = np.zeros(size, np.uint8)
-        for _ in range(rounds):
-            port.recv(0, data, WAIT_S)
-            port.send(0, data, 0, WAIT_S)
-
-
 def expert(port: Port, job: Job) -> None:
     """Answers each pair with a row; computes nothing, so that only the way is measured."""
     rows = np.zeros((job.num_tokens * job.top_k, job.hidden_size), np.float32)
@@ -143,7 +129,7 @@ def main() -> None:
     pin_to_core_of(job.rank)
     with Port(sys.argv[1], f"r{job.rank}", job.rank, layout=layout) as port:
         port.wait_linked(job_ranks if job.work == "ep" else [0], JOIN_S)
-        {"echo": echo, "expert": expert, "ep": ep}[job.work](port, job)
+        {"expert": expert, "ep": ep}[job.work](port, job)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,31 @@ def test_reports_of_groups_add_up_over_the_wire() -> None:
     for group in range(3):
         stats = ExpertLoadStats(num_layers=1, num_experts=3)
         stats.record(0, ids([group, 0]))
-        wire = msgspec.msgpack.encode(stats.take_report())
+        wire = msgspec.msgpack.encode(stats.report())
         total.add(msgspec.msgpack.decode(wire, type=ExpertLoadReport))
-        assert stats.num_samples == 0
     assert total.load().tolist() == [[4, 1, 1]]
+
+
+def test_a_lost_report_loses_no_counts() -> None:
+    total = ExpertLoadStats(num_layers=1, num_experts=2)
+    group = ExpertLoadStats(num_layers=1, num_experts=2, num_windows=1)
+    before = group.report()
+    group.record(0, ids([0, 1]))
+    group.report()
+    group.record(0, ids([1, 1]))
+    total.add(group.report().since(before))
+    assert total.load().tolist() == [[1, 3]]
+
+
+def test_totals_may_wrap() -> None:
+    before = ExpertLoadReport(1, 1, (2**32 - 2).to_bytes(4, "little"))
+    after = ExpertLoadReport(1, 1, (3).to_bytes(4, "little"))
+    assert after.since(before).to_array().tolist() == [[5]]
+
+
+def test_reports_of_two_models_have_no_difference() -> None:
+    with pytest.raises(IntegrityError, match="follows one of"):
+        ExpertLoadReport(1, 2, b"\0" * 8).since(ExpertLoadReport(2, 1, b"\0" * 8))
 
 
 @pytest.mark.parametrize(

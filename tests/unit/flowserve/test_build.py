@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import pytest
 
 from tests.toys import toy_model
 from tests.unit.flowserve.builders import make_config, make_request
 from xdeepserve.errors import ConfigError
-from xdeepserve.flowserve.build import build_engine, num_kv_blocks, resolve_max_model_len
+from xdeepserve.flowserve.build import (
+    build_dp_group,
+    build_engine,
+    num_kv_blocks,
+    resolve_max_model_len,
+)
 from xdeepserve.messages import FinishReason
+from xdeepserve.transformerless.stage_times import Stage, StageTimes
 
 
 def test_the_pool_is_as_large_as_its_bytes() -> None:
@@ -56,3 +63,19 @@ async def test_a_built_engine_tells_its_limits_and_answers() -> None:
     assert outputs[-1].finish_reason is FinishReason.LENGTH
     assert outputs[-1].usage.num_output_tokens == 4
     await client.close(drain_timeout_s=30)
+
+
+def test_a_group_names_its_thread_and_counts_its_stages() -> None:
+    times = StageTimes()
+    group = build_dp_group(
+        model=toy_model("glm4_moe"),
+        model_name="toy",
+        config=make_config(),
+        stage_times=times,
+        name="xds:dp7",
+    )
+    group.start(lambda outputs: None)  # with the one token of the warm-up
+    assert "xds:dp7" in {thread.name for thread in threading.enumerate()}
+    group.begin_close(drain_timeout_s=0)
+    assert group.join(timeout_s=30)
+    assert set(times.counts()) == {Stage.ATTENTION, Stage.OWN_MODULES, Stage.HEAD}

@@ -47,14 +47,21 @@ def test_table() -> None:
     status = Status(
         membership=Membership(epoch=12, run_id="ab" * 4, counts=counts, members=(ready, failed)),
         supervisor=ProcessIdentity(41, 7),
-        heartbeats={"dp0": Heartbeat(progress=3, load={"running": 2, "kv_usage": 0.25})},
+        heartbeats={
+            "dp0": Heartbeat(
+                progress=3,
+                load={"running": 2, "kv_usage": 0.25},
+                stage_s={"head": 1.0, "attention": 2.0, "combine": 0.5, "wait": 6.5},
+            )
+        },
     )
     head, *rows = render(status, make_service(1, 1), now_s=4723.0)
     assert "run abababab" in head
     assert "attention=1 ffn=0 expert=1  epoch 12  supervisor 41" in head
     assert [" ".join(row.split()) for row in rows[1:]] == [
-        "dp0 attention ready 42 1 0 1h02m - running=2 kv_usage=0.25 -",
-        "expert0 expert failed - 9 8 - 0-7 - killed by SIGSEGV",
+        "dp0 attention ready 42 1 0 1h02m - running=2 kv_usage=0.25 "
+        "wait 65% attention 20% head 10% -",
+        "expert0 expert failed - 9 8 - 0-7 - - killed by SIGSEGV",
     ]
 
 

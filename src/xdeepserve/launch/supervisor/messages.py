@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from xdeepserve.eplb import ExpertLoadReport
 from xdeepserve.errors import EngineDeadError
 from xdeepserve.launch.placement import Placement
 from xdeepserve.launch.plan import WorkerSpec
@@ -122,10 +123,45 @@ class Scale(msgspec.Struct, frozen=True, tag="scale"):
     counts: dict[str, int]
 
 
+class Rebalance(msgspec.Struct, frozen=True, tag="rebalance"):
+    """Move the experts now; answered with the Membership once they have moved.
+
+    Attributes:
+        load: the load to place them for; None = the load counted.
+    """
+
+    load: ExpertLoadReport | None = None
+
+
 class StopAll(msgspec.Struct, frozen=True, tag="stop_all"):
     """Drain and end all workers, then the supervisor, with exit code 0. Answered when begun."""
 
     drain_timeout_s: float
+
+
+class ExpertHeat(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens spread over experts and expert workers.
+
+    Attributes:
+        num_tokens: counted of late, summed over layers and experts; the latest count most.
+        peak_over_mean: load of the fullest worker over the mean, of all layers together; a layer
+            waits for its fullest worker, so 1 is ideal.
+        hottest: (layer, expert) with the largest share of its layer's tokens; None = no tokens.
+        hottest_share: that share, 0 to 1.
+        num_migrations: finished by this supervisor.
+        num_moves: experts that these have moved.
+        is_migrating: whether one is under way.
+        placement_epoch: of the placement in force.
+    """
+
+    num_tokens: int
+    peak_over_mean: float
+    hottest: tuple[int, int] | None
+    hottest_share: float
+    num_migrations: int
+    num_moves: int
+    is_migrating: bool
+    placement_epoch: int
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -134,12 +170,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     Attributes:
         supervisor: its process.
         heartbeats: latest of each worker that has sent one, by name.
+        expert_heat: None without expert workers.
     """
 
     membership: Membership
     supervisor: ProcessIdentity
     heartbeats: dict[str, Heartbeat]
+    expert_heat: ExpertHeat | None = None
 
 
-SupervisorRequest = Subscribe | GetStatus | Scale | StopAll
+SupervisorRequest = Subscribe | GetStatus | Scale | Rebalance | StopAll
 SupervisorReply = Membership | Status

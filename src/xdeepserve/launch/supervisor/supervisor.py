@@ -15,19 +15,21 @@ from collections.abc import AsyncGenerator, Awaitable
 import msgspec
 
 from xdeepserve.control import ControlServer, Peer
+from xdeepserve.eplb import ExpertLoadReport
 from xdeepserve.errors import CapacityError
-from xdeepserve.launch.deployment import Slices
 from xdeepserve.launch.fabric import check_scaling
-from xdeepserve.launch.placement import Placement, base_table, ranks_in_use
-from xdeepserve.launch.plan import WorkerSpec, even_slices, expert_slices, resolve
+from xdeepserve.launch.plan import WorkerSpec, resolve
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import RunDirectory
 from xdeepserve.launch.service import ServiceConfig
+from xdeepserve.launch.supervisor.balancer import Balancer
+from xdeepserve.launch.supervisor.expert_calls import ExpertCalls
 from xdeepserve.launch.supervisor.messages import (
     SUPERVISOR_NAME,
     GetStatus,
     Member,
     Membership,
+    Rebalance,
     SavedState,
     Scale,
     Status,
@@ -54,12 +56,16 @@ class Supervisor:
         self._incarnations: dict[str, int] = {}
         self._wanted: dict[str, WorkerSpec] = {}
         self._counts: dict[str, int] = {}
-        self._slices: Slices = ()
-        self._replicas = 0
         self._membership = Membership(epoch=0, run_id=run.run_id, counts={}, members=())
         self._published = asyncio.Event()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stops: list[asyncio.Task[None]] = []
+        self._balancer = Balancer(
+            service.shape,
+            service.deployment,
+            workers=ExpertCalls(self._slots),
+            publish=self._publish,
+        )
 
     async def run(self) -> None:
         """Start or adopt the workers, then serve until all are stopped.
@@ -72,12 +78,17 @@ class Supervisor:
         server = ControlServer(
             self._run.socket_path(SUPERVISOR_NAME), self._answer, requests=SupervisorRequest
         )
+        balancing: asyncio.Task[None] | None = None
         try:
             self._restore()
             await server.start()
+            balancing = asyncio.create_task(self._balancer.run())
+            balancing.add_done_callback(self._on_balancer_end)
             await self._ended
         finally:
             await server.close()
+            if balancing is not None:
+                balancing.cancel()
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -112,6 +123,7 @@ class Supervisor:
         deployment = self._service.deployment
         if saved is not None:
             self._membership = saved.membership
+            self._balancer.placement = saved.membership.placement
             self._incarnations = dict(saved.incarnations)
             deployment = deployment.with_counts(saved.membership.counts)
         self._adopt_plan(deployment.counts())
@@ -139,8 +151,6 @@ class Supervisor:
         plan = resolve(deployment, self._service.shape, usable_cores=usable)
         self._wanted = {spec.name: spec for spec in plan.workers}
         self._counts = plan.counts()
-        self._slices = expert_slices(deployment, self._service.shape)
-        self._replicas = deployment.roles.expert.replicas
 
     def _reconcile(self) -> None:
         """Start what is missing, let go what is not wanted."""
@@ -194,35 +204,23 @@ class Supervisor:
             run_id=self._run.run_id,
             counts=self._counts,
             members=tuple(sorted(members, key=lambda m: (m.spec.role, m.spec.rank))),
-            placement=self._place(),
+            placement=self._balancer.place(
+                wanted=[(spec.role, spec.rank) for spec in self._wanted.values()],
+                ready=[(m.spec.role, m.spec.rank) for m in members if m.can_serve],
+            ),
         )
         state = SavedState(membership=self._membership, incarnations=self._incarnations)
         self._run.write(self._run.state_path, state)
         self._published.set()
         self._published = asyncio.Event()
 
-    def _place(self) -> Placement | None:
-        """The placement for the workers of now; the present one when it still fits."""
-        current = self._membership.placement
-        ffn = self._ranks_in_use("ffn", None if current is None else current.ffn)
-        expert = self._ranks_in_use("expert", None if current is None else current.expert)
-        if current is not None and (current.ffn, current.expert) == (ffn, expert):
-            return current
-        slices = even_slices(self._service.shape.num_experts, len(expert)) if expert else ()
-        if len(expert) == len(self._slices):
-            slices = self._slices
-        return Placement(
-            epoch=0 if current is None else current.epoch + 1,
-            ffn=ffn,
-            expert=expert,
-            table=base_table(self._service.shape, slices, self._replicas),
-        )
-
-    def _ranks_in_use(self, role: str, current: tuple[int, ...] | None) -> tuple[int, ...]:
-        slots = (slot.member for slot in self._slots.values() if slot.member.spec.role == role)
-        ready = {member.spec.rank for member in slots if member.can_serve}
-        wanted = {spec.rank for spec in self._wanted.values() if spec.role == role}
-        return ranks_in_use(current, wanted, ready)
+    def _on_balancer_end(self, task: asyncio.Task[None]) -> None:
+        """A bug of ours. A new supervisor goes on with the placement that was published last."""
+        if task.cancelled() or self._ended.done():
+            return
+        error = task.exception()
+        assert error is not None, "the balancer runs until it is cancelled"
+        self._ended.set_exception(error)
 
     async def _subscribe(self) -> AsyncGenerator[SupervisorReply, None]:
         while True:
@@ -240,6 +238,8 @@ class Supervisor:
                 return self._status()
             case Scale(counts):
                 return self._scale(counts)
+            case Rebalance(load):
+                return self._rebalance(load)
             case StopAll(drain_timeout_s):
                 return self._stop_all(drain_timeout_s)
 
@@ -249,7 +249,12 @@ class Supervisor:
             membership=self._membership,
             supervisor=ProcessIdentity.own(),
             heartbeats={name: beat for name, beat in beats.items() if beat is not None},
+            expert_heat=self._balancer.heat(),
         )
+
+    async def _rebalance(self, load: ExpertLoadReport | None) -> Membership:
+        await self._balancer.rebalance(load)
+        return self._membership
 
     async def _stop_all(self, drain_timeout_s: float) -> Membership:
         return self.begin_stop(drain_timeout_s=drain_timeout_s)

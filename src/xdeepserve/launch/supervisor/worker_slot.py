@@ -30,7 +30,13 @@ from xdeepserve.launch.supervisor.health import HealthTracker, Observation
 from xdeepserve.launch.supervisor.messages import Member, WorkerState
 from xdeepserve.launch.supervisor.restart_policy import RestartPolicy
 from xdeepserve.launch.worker.exit_codes import EXIT_NAME_TAKEN
-from xdeepserve.launch.worker.messages import Drain, GetHeartbeat, HeartbeatReply, WorkerReply
+from xdeepserve.launch.worker.messages import (
+    Drain,
+    GetHeartbeat,
+    HeartbeatReply,
+    WorkerReply,
+    WorkerRequest,
+)
 from xdeepserve.messages import Heartbeat
 
 logger = logging.getLogger(__name__)
@@ -233,7 +239,11 @@ class WorkerSlot:
         self._set(WorkerState.FROZEN, reason=reason)
         child.send_signal(signal.SIGKILL)
 
-    async def _ask(self, request: GetHeartbeat | Drain, timeout_s: float) -> WorkerReply | None:
+    async def ask(self, request: WorkerRequest, *, timeout_s: float) -> WorkerReply | None:
+        """Call the worker beside its supervision; None when it does not answer."""
+        return None if self._client is None else await self._ask(request, timeout_s)
+
+    async def _ask(self, request: WorkerRequest, timeout_s: float) -> WorkerReply | None:
         """Call the worker; None when it does not answer."""
         try:
             if self._client is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from xdeepserve.config import ModelConfig
+from xdeepserve.eplb import ExpertLoadReport
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.run_dir import RunDirectory
@@ -63,6 +64,24 @@ class WorkerBody(Protocol):
 
     async def close(self) -> None:
         """Stop the loop, free sockets and segments. Also called when `start` failed."""
+        ...
+
+
+@runtime_checkable
+class CountsExperts(Protocol):
+    """A WorkerBody that routes tokens to experts of other workers."""
+
+    def expert_load(self) -> ExpertLoadReport:
+        """Tokens by layer and expert since its start; callable before it is ready."""
+        ...
+
+
+@runtime_checkable
+class HoldsExperts(Protocol):
+    """A WorkerBody that computes experts."""
+
+    async def load_experts(self, experts: Sequence[tuple[int, int]]) -> int:
+        """Make the weights of (layer, expert) present beside its work; returns their bytes."""
         ...
 
 

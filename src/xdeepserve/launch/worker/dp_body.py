@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
+from typing import Final
 
+from xdeepserve.eplb import ExpertLoadReport, ExpertLoadStats
 from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.flowserve.dp_group import DPGroup
 from xdeepserve.flowserve.dp_server import DPServer
@@ -18,6 +21,11 @@ from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.stage_times import StageTimes
 from xdeepserve.transformerless.xccl_transport import XcclTransport
 
+LINK_TIMEOUT_S: Final = 10.0
+"""How long a group waits for workers that start at the same time."""
+
+logger = logging.getLogger(__name__)
+
 
 class DPBody:
     """WorkerBody of the attention role."""
@@ -25,8 +33,14 @@ class DPBody:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._times = StageTimes()
+        shape = context.service.shape
+        # One window that is never closed: running totals.
+        self._load_stats = ExpertLoadStats(
+            num_layers=shape.num_layers, num_experts=max(shape.num_experts, 1), num_windows=1
+        )
         self._group: DPGroup | None = None
         self._server: DPServer | None = None
+        self._transport: XcclTransport | None = None
         self._following: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -49,22 +63,33 @@ class DPBody:
     def _build(self, feed: RoutingFeed | None) -> DPGroup:
         service = self._context.service
         model = load_model_at(Path(service.model_path), self._context.precision())
+        if feed is not None:
+            self._transport = self._connect(model, feed)
         return build_dp_group(
             model=model,
             model_name=service.model_name,
             config=service.deployment.limits,
-            transport=None if feed is None else self._connect(model, feed),
+            transport=self._transport,
             stage_times=self._times,
+            name=self._context.spec.title,
         )
 
     def _connect(self, model: Model, feed: RoutingFeed) -> XcclTransport:
         spec = self._context.spec
-        return XcclTransport(
+        transport = XcclTransport(
             port=feed.fabric.open_port(spec.name, spec.role, spec.rank),
             units=partition(model),
             routing=feed.routing,
             stage_times=self._times,
+            load_stats=self._load_stats,
         )
+        if not transport.wait_complete(timeout_s=LINK_TIMEOUT_S):
+            logger.warning("%s begins without some FFN or expert workers", spec.name)
+        return transport
+
+    def expert_load(self) -> ExpertLoadReport:
+        """See CountsExperts."""
+        return self._load_stats.report()
 
     def heartbeat(self) -> Heartbeat:
         """Progress is counted in steps; a group without requests is idle."""
@@ -78,9 +103,18 @@ class DPBody:
                 "waiting": load.num_waiting,
                 "kv_usage": round(load.kv_usage, 3),
                 "generated": load.num_generated_tokens,
+                **self._exchange_counts(),
             },
+            stage_s={stage.value: s for stage, s in self._times.seconds().items()},
             error=None if self._group.is_alive() else "the step loop ended or is stuck",
         )
+
+    def _exchange_counts(self) -> dict[str, float]:
+        """How often other ranks, or this process, took over for a lost one."""
+        transport = self._transport
+        if transport is None:
+            return {}
+        return {"failovers": transport.num_failovers, "fallbacks": transport.num_fallbacks}
 
     async def drain(self, *, timeout_s: float) -> None:
         """Finish what runs; what is left at the timeout is aborted."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Final
 
@@ -12,13 +14,17 @@ from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.launch.compose import load_model_at
 from xdeepserve.launch.fabric import Fabric
 from xdeepserve.launch.worker.body import WorkerContext
+from xdeepserve.launch.worker.expert_pages import load_experts
 from xdeepserve.messages import Heartbeat
 from xdeepserve.transformerless.module_server import ModuleServer
-from xdeepserve.transformerless.partition import partition
-from xdeepserve.transformerless.stage_times import Stage, StageTimes
+from xdeepserve.transformerless.partition import Partition, partition
+from xdeepserve.transformerless.stage_times import StageTimes
 
 IDLE_S: Final = 0.3
 """A draining worker ends when nobody has asked for so long; who asks later goes elsewhere."""
+
+BEAT_INTERVAL_S: Final = 0.05
+"""Far below the silence after which askers go round a worker."""
 
 JOIN_TIMEOUT_S: Final = 2.0
 
@@ -31,25 +37,38 @@ class ModuleBody:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._times = StageTimes()
+        self._units: Partition | None = None
         self._server: ModuleServer | None = None
         self._thread: threading.Thread | None = None
+        self._beating: asyncio.Task[None] | None = None
         self._error: str | None = None
 
     async def start(self) -> None:
-        """Map the weights, make the segment, serve."""
+        """Map the weights, those of its own slice into memory, make the segment, serve."""
         self._server = await asyncio.to_thread(self._build)
         self._thread = threading.Thread(
-            target=self._run, args=(self._server,), name=self._context.spec.name, daemon=True
+            target=self._run, args=(self._server,), name=self._context.spec.title, daemon=True
         )
         self._thread.start()
+        self._beating = asyncio.create_task(self._beat(self._server))
+
+    async def _beat(self, server: ModuleServer) -> None:
+        """Show life while the loop computes; a loop that hangs is the supervisor's affair."""
+        while self._error is None:
+            server.beat()
+            await asyncio.sleep(BEAT_INTERVAL_S)
 
     def _build(self) -> ModuleServer:
         context, spec = self._context, self._context.spec
         service = context.service
         model = load_model_at(Path(service.model_path), context.precision())
+        self._units = partition(model)
+        if spec.experts is not None:
+            slice_of_all = product(range(service.shape.num_layers), range(*spec.experts))
+            load_experts(self._units.experts, slice_of_all)
         fabric = Fabric.of(context.run.run_id, service.deployment, service.shape)
         port = fabric.open_port(spec.name, spec.role, spec.rank)
-        return ModuleServer(port, partition(model), stage_times=self._times)
+        return ModuleServer(port, self._units, stage_times=self._times)
 
     def _run(self, server: ModuleServer) -> None:
         try:
@@ -58,18 +77,21 @@ class ModuleBody:
             logger.exception("the loop of %s failed", self._context.spec.name)
             self._error = f"{type(exc).__name__}: {exc}"
 
+    async def load_experts(self, experts: Sequence[tuple[int, int]]) -> int:
+        """See HoldsExperts."""
+        assert self._units is not None, "a worker is asked once it is ready"
+        return await asyncio.to_thread(load_experts, self._units.experts, experts)
+
     def heartbeat(self) -> Heartbeat:
         """Progress is counted in rounds; the loop goes round when nobody asks, too."""
         assert self._server is not None, "heartbeats begin when start() has returned"
-        seconds = self._times.seconds()
-        computed_s = seconds.get(Stage.FFN, 0.0) + seconds.get(Stage.EXPERT, 0.0)
         return Heartbeat(
             progress=self._server.num_rounds,
             load={
                 "requests": self._server.num_requests,
                 "rows": self._server.num_rows,
-                "busy_s": round(computed_s, 3),
             },
+            stage_s={stage.value: s for stage, s in self._times.seconds().items()},
             error=self._error,
         )
 
@@ -84,6 +106,8 @@ class ModuleBody:
 
     async def close(self) -> None:
         """End the loop and close the segment."""
+        if self._beating is not None:
+            self._beating.cancel()
         if self._server is not None and self._thread is not None:
             self._server.stop()
             await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)

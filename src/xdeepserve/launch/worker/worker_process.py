@@ -15,14 +15,18 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from xdeepserve.control import ControlServer, Peer
-from xdeepserve.launch.worker.body import WorkerBody, WorkerContext
+from xdeepserve.errors import ConfigError
+from xdeepserve.launch.worker.body import CountsExperts, HoldsExperts, WorkerBody, WorkerContext
 from xdeepserve.launch.worker.exit_codes import EXIT_FAILED, EXIT_OK
 from xdeepserve.launch.worker.gateway_watch import GatewayWatch
 from xdeepserve.launch.worker.messages import (
     Drain,
     Drained,
+    ExpertsLoaded,
+    GetExpertLoad,
     GetHeartbeat,
     HeartbeatReply,
+    LoadExperts,
     WorkerReply,
     WorkerRequest,
 )
@@ -109,6 +113,14 @@ class WorkerProcess:
                     await self._body.drain(timeout_s=timeout_s)
                 self._stop.set()
                 return Drained()
+            case GetExpertLoad() if isinstance(self._body, CountsExperts):
+                return self._body.expert_load()
+            case LoadExperts(experts) if isinstance(self._body, HoldsExperts) and self._is_ready:
+                return ExpertsLoaded(await self._body.load_experts(experts))
+            case _:
+                raise ConfigError(
+                    f"{self._context.spec.name} cannot answer {type(request).__name__}"
+                )
 
     def _heartbeat(self) -> HeartbeatReply:
         heartbeat = self._body.heartbeat() if self._is_ready else None

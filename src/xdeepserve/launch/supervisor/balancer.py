@@ -1,0 +1,316 @@
+"""Balancer: owns the placement of a run: which workers are in use and which experts each holds.
+
+    workers come and go --> place: the next placement at once, complete, new ranks still empty
+    every second        --> look: counts of the DP groups
+                              | a new rank is empty          |
+                              | every rebalance_interval_s,  +--> migrate by ticks: LOAD, FLIP
+                              | if `decide` says so          |
+    Rebalance request   --> rebalance
+
+A migration whose placement was replaced by `place` meanwhile ends where it is: every tick's
+placement is complete. The next look decides anew; so does the next supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Final, Protocol
+
+import numpy as np
+
+from xdeepserve.clock import SYSTEM_CLOCK, Clock
+from xdeepserve.eplb import (
+    ExpertLoadReport,
+    ExpertMove,
+    ExpertPlacement,
+    Phase,
+    PolicyState,
+    RebalancePolicy,
+    decide,
+    migrate,
+)
+from xdeepserve.eplb.rows import F64
+from xdeepserve.errors import ConfigError
+from xdeepserve.launch.deployment import Deployment
+from xdeepserve.launch.placement import (
+    Placement,
+    base_table,
+    empty_placement,
+    expert_placement,
+    idle_ranks,
+    moved_to,
+    plan_experts,
+    ranks_in_use,
+    with_experts,
+)
+from xdeepserve.launch.plan import ModelShape, expert_slices
+from xdeepserve.launch.supervisor.expert_load import ExpertLoad, hottest_expert, peak_over_mean
+from xdeepserve.launch.supervisor.messages import ExpertHeat
+
+logger = logging.getLogger(__name__)
+
+LOOK_INTERVAL_S: Final = 1.0
+TICK_INTERVAL_S: Final = 0.05
+MAX_MOVES: Final = 16
+"""Of a tick: what a worker must make present before the next flip stays small."""
+MAX_STAGED_PER_RANK: Final = 8
+COOLDOWN_INTERVALS: Final = 3
+"""Rebalance intervals between two migrations for load."""
+
+
+class ExpertWorkers(Protocol):
+    """The workers, as far as the balancer needs them; calls have deadlines of their own."""
+
+    async def reports(self) -> Mapping[str, ExpertLoadReport]:
+        """Running totals of each DP group that answers, by its name and life."""
+        ...
+
+    async def load(self, rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        """Whether a worker has made the weights of (layer, expert) present."""
+        ...
+
+
+class Balancer:
+    """One event loop. `place` from whoever publishes; `run` in a task of its own.
+
+    Attributes:
+        placement: in force; None before the first `place`.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        deployment: Deployment,
+        *,
+        workers: ExpertWorkers,
+        publish: Callable[[], None],
+        clock: Clock = SYSTEM_CLOCK,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        """Begin without a placement.
+
+        Args:
+            shape: of the model.
+            deployment: as the run was started.
+            workers: asked for counts and weights.
+            publish: called when `placement` has changed by itself; it calls `place`.
+            clock: for the interval.
+            sleep: between two ticks.
+        """
+        self.placement: Placement | None = None
+        self._shape = shape
+        self._deployment = deployment
+        self._workers = workers
+        self._publish = publish
+        self._clock = clock
+        self._sleep = sleep
+        interval_s = deployment.roles.expert.rebalance_interval_s
+        self._policy = RebalancePolicy(cooldown_s=COOLDOWN_INTERVALS * interval_s)
+        self._policy_state = PolicyState()
+        self._interval_s = interval_s
+        self._next_s = clock.monotonic() + interval_s
+        self._load = ExpertLoad(shape) if shape.num_experts else None
+        self._spread_to: tuple[int, ...] = ()
+        self._migrating = asyncio.Lock()
+        self._joined = asyncio.Event()
+        self._num_migrations = 0
+        self._num_moves = 0
+
+    # -- workers come and go --------------------------------------------------------------------
+
+    def place(
+        self, *, wanted: Collection[tuple[str, int]], ready: Collection[tuple[str, int]]
+    ) -> Placement:
+        """The placement for the workers of now; the present one when it still fits.
+
+        Args:
+            wanted: (role, rank) of the workers that should run.
+            ready: of those that can serve.
+        """
+        current = self.placement
+        ffn = self._in_use("ffn", None if current is None else current.ffn, wanted, ready)
+        expert = self._in_use("expert", None if current is None else current.expert, wanted, ready)
+        if current is None:
+            self.placement = self._first(ffn, expert)
+        elif (current.ffn, current.expert) != (ffn, expert):
+            self.placement = self._next(current, ffn, expert)
+            self._joined.set()
+        assert self.placement is not None, "it was made above"
+        return self.placement
+
+    @staticmethod
+    def _in_use(
+        role: str,
+        current: tuple[int, ...] | None,
+        wanted: Collection[tuple[str, int]],
+        ready: Collection[tuple[str, int]],
+    ) -> tuple[int, ...]:
+        return ranks_in_use(
+            current,
+            [rank for name, rank in wanted if name == role],
+            [rank for name, rank in ready if name == role],
+        )
+
+    def _first(self, ffn: tuple[int, ...], expert: tuple[int, ...]) -> Placement:
+        """As the deployment says."""
+        slices = expert_slices(self._deployment, self._shape) if expert else ()
+        if len(slices) != len(expert):  # a state file was lost after scaling
+            deployment = self._deployment.with_counts({"expert": len(expert)})
+            slices = expert_slices(deployment, self._shape)
+        replicas = self._replicas(len(expert))
+        table = base_table(self._shape, slices, replicas)
+        return Placement(epoch=0, ffn=ffn, expert=expert, table=table)
+
+    def _next(self, current: Placement, ffn: tuple[int, ...], expert: tuple[int, ...]) -> Placement:
+        if not expert or self._load is None:
+            none = empty_placement(current.epoch + 1, self._shape)
+            return Placement(epoch=none.epoch, ffn=ffn, expert=(), table=none.table)
+        replicas = self._replicas(len(expert))
+        return moved_to(current, ffn=ffn, expert=expert, load=self._load.prior(), replicas=replicas)
+
+    def _replicas(self, num_ranks: int) -> int:
+        return self._deployment.roles.expert.replicas if num_ranks >= 2 else 0
+
+    # -- load -----------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Look every second, and at once when a worker has joined; until cancelled."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_INTERVAL_S):
+                    await self._joined.wait()
+            self._joined.clear()
+            if self.placement is not None and self.placement.expert:
+                await self.look()
+
+    async def look(self) -> None:
+        """Count; give experts to ranks that have none; rebalance when it is time and worth it."""
+        load, placement = self._load, self.placement
+        if load is None or placement is None:
+            return
+        load.add(await self._workers.reports())
+        if self._spread_to != placement.expert and idle_ranks(placement):
+            if await self._migrate_for(load.prior()):
+                self._spread_to = placement.expert
+        elif self._interval_s and self._clock.monotonic() >= self._next_s:
+            self._next_s = self._clock.monotonic() + self._interval_s
+            await self._consider(load)
+            load.roll()
+
+    async def _consider(self, load: ExpertLoad) -> None:
+        """Migrate if the load asks for it."""
+        origin, recent = self.placement, load.recent()
+        if origin is None or len(origin.expert) < 2 or not recent.any():
+            return
+        replicas = self._replicas(len(origin.expert))
+        current, target = await asyncio.to_thread(plan_experts, origin, load.prior(), replicas)
+        decision = decide(
+            self._policy,
+            self._policy_state,
+            now_s=self._clock.monotonic(),
+            load=recent,
+            current=current,
+            target=target,
+        )
+        self._policy_state = decision.state
+        if not decision.layers:
+            logger.debug("experts stay where they are: %s", decision.reason)
+            return
+        logger.info("rebalancing %d layers: %s", len(decision.layers), decision.reason)
+        if not await self._migrate(origin, current, target, decision.layers):
+            self._policy_state = PolicyState()
+
+    async def rebalance(self, report: ExpertLoadReport | None) -> None:
+        """Migrate now, for the load reported or counted; returns when the experts have moved.
+
+        Raises:
+            ConfigError: there are no expert workers, or the report is of another model.
+        """
+        if self._load is None or self.placement is None or not self.placement.expert:
+            raise ConfigError("this service has no expert workers; there is nothing to rebalance")
+        load = self._load.prior()
+        if report is not None:
+            counts = report.to_array()
+            if counts.shape != load.shape:
+                raise ConfigError(
+                    f"a load of {counts.shape} layers and experts does not fit the model's "
+                    f"{load.shape}"
+                )
+            load = counts.astype(np.float64) + 1.0
+        await self._migrate_for(load)
+
+    # -- migration ------------------------------------------------------------------------------
+
+    async def _migrate_for(self, load: F64) -> bool:
+        origin = self.placement
+        assert origin is not None, "the callers have looked"
+        replicas = self._replicas(len(origin.expert))
+        current, target = await asyncio.to_thread(plan_experts, origin, load, replicas)
+        return await self._migrate(origin, current, target, range(self._shape.num_layers))
+
+    async def _migrate(
+        self,
+        origin: Placement,
+        current: ExpertPlacement,
+        target: ExpertPlacement,
+        layers: Sequence[int],
+    ) -> bool:
+        """Go from current, the experts of `origin`, to target; False when it was cut short."""
+        async with self._migrating:
+            num_moves = 0
+            for tick in migrate(
+                current,
+                target,
+                max_moves=MAX_MOVES,
+                max_staged_per_rank=MAX_STAGED_PER_RANK,
+                layers=layers,
+            ):
+                if tick.phase is Phase.LOAD:
+                    await self._load_experts(origin.expert, tick.moves)
+                if self.placement is not origin:
+                    logger.info("the workers in use have changed; the migration ends here")
+                    return False
+                if tick.phase is Phase.FLIP:
+                    # DROP needs nothing: the weights are mapped, the kernel drops what it must.
+                    origin = self.placement = with_experts(origin, tick.placement)
+                    self._publish()
+                    num_moves += len(tick.moves)
+                    self._num_moves += len(tick.moves)
+                    await self._sleep(TICK_INTERVAL_S)
+            if num_moves:
+                self._num_migrations += 1
+                logger.info("moved %d experts; routing epoch %d", num_moves, origin.epoch)
+            return self.placement is origin
+
+    async def _load_experts(self, ranks: tuple[int, ...], moves: Sequence[ExpertMove]) -> None:
+        """Have the weights present before tokens come; who does not answer faults them in later."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        for move in moves:
+            wanted.setdefault(ranks[move.to_rank], []).append((move.layer_idx, move.expert))
+        done = await asyncio.gather(*(self._workers.load(*item) for item in wanted.items()))
+        for rank, is_done in zip(wanted, done, strict=True):
+            if not is_done:
+                logger.warning("expert worker %d did not load its experts in time", rank)
+
+    # -- status ---------------------------------------------------------------------------------
+
+    def heat(self) -> ExpertHeat | None:
+        """For `xds status`; None without expert workers."""
+        if self._load is None or self.placement is None or not self.placement.expert:
+            return None
+        load = self._load.recent()
+        hottest, share = hottest_expert(load)
+        placed = expert_placement(self.placement, self._shape.num_experts)
+        return ExpertHeat(
+            num_tokens=int(load.sum()),
+            peak_over_mean=peak_over_mean(load, placed),
+            hottest=hottest,
+            hottest_share=share,
+            num_migrations=self._num_migrations,
+            num_moves=self._num_moves,
+            is_migrating=self._migrating.locked(),
+            placement_epoch=self.placement.epoch,
+        )
