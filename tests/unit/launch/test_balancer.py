@@ -1,0 +1,174 @@
+"""Balancer: every placement is complete, epochs grow, load moves experts, workers come and go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from xdeepserve.eplb import ExpertLoadReport, ExpertLoadStats, peak_over_mean, rank_load
+from xdeepserve.errors import ConfigError
+from xdeepserve.launch.deployment import Deployment, ExpertRoleSpec, RolesSpec
+from xdeepserve.launch.placement import Placement, expert_placement
+from xdeepserve.launch.plan import ModelShape
+from xdeepserve.launch.supervisor.balancer import Balancer
+from xdeepserve.testing.fake_clock import FakeClock
+
+SHAPE = ModelShape(name="moe", num_experts=8, has_ffn=True, num_layers=3, hidden_size=8, top_k=2)
+HOT = np.array([400, 300, 10, 10, 10, 10, 10, 10])
+"""Tokens of each expert; the first two are on the same worker at the start."""
+
+
+class FakeWorkers:
+    """Totals that a test sets; remembers what workers were asked to load."""
+
+    def __init__(self) -> None:
+        self.stats = ExpertLoadStats(num_layers=3, num_experts=8, num_windows=1)
+        self.loads: list[tuple[int, tuple[tuple[int, int], ...]]] = []
+
+    def count(self, tokens: np.ndarray) -> None:
+        ids = np.repeat(np.arange(8, dtype=np.int32), tokens)[:, None]
+        for layer_idx in range(3):
+            self.stats.record(layer_idx, ids)
+
+    async def reports(self) -> Mapping[str, ExpertLoadReport]:
+        return {"dp0 1": self.stats.report()}
+
+    async def load(self, rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        self.loads.append((rank, tuple(experts)))
+        return True
+
+
+class Run:
+    """A balancer, its workers, and every placement that it published by itself."""
+
+    def __init__(self, *, experts: int = 2, replicas: int = 0) -> None:
+        self.workers, self.clock = FakeWorkers(), FakeClock()
+        self.published: list[Placement] = []
+        role = ExpertRoleSpec(count=experts, replicas=replicas)
+        self.balancer = Balancer(
+            SHAPE,
+            Deployment(roles=RolesSpec(expert=role)),
+            workers=self.workers,
+            publish=self.publish,
+            clock=self.clock,
+            sleep=lambda _: asyncio.sleep(0),
+        )
+        self.place(experts)
+
+    def publish(self) -> None:
+        assert self.balancer.placement is not None
+        self.published.append(self.balancer.placement)
+
+    def place(self, experts: int, *, ready: int | None = None) -> Placement:
+        ranks = [("expert", rank) for rank in range(experts)]
+        return self.balancer.place(wanted=ranks, ready=ranks[:ready])
+
+    async def look_after(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+        await self.balancer.look()
+
+
+def check_epochs_and_completeness(run: Run) -> None:
+    epochs = [placement.epoch for placement in run.published]
+    assert epochs == sorted(set(epochs))
+    for placement in run.published:
+        assert (expert_placement(placement, 8).num_replicas >= 1).all()
+
+
+def peak(placement: Placement | None) -> float:
+    assert placement is not None
+    return float(rank_load(np.tile(HOT, (3, 1)), expert_placement(placement, 8)).max())
+
+
+async def test_the_first_placement_is_what_the_slices_say() -> None:
+    placement = Run(experts=2, replicas=1).balancer.placement
+    assert placement is not None
+    assert (placement.epoch, placement.expert) == (0, (0, 1))
+    assert placement.table == [[0, 1, 2, 3, 4, 4, 5, 6, 7, 0]] * 3
+
+
+async def test_a_lasting_skew_moves_experts_and_lowers_the_peak() -> None:
+    run = Run()
+    before = peak(run.balancer.placement)
+    for _ in range(6):
+        run.workers.count(HOT)
+        await run.look_after(11.0)
+    check_epochs_and_completeness(run)
+    assert run.published, "nothing was moved"
+    assert peak(run.balancer.placement) < before
+    loaded = {(layer, expert) for _, experts in run.workers.loads for layer, expert in experts}
+    assert loaded, "weights are made present before tokens come"
+    heat = run.balancer.heat()
+    assert heat is not None
+    assert heat.num_migrations >= 1
+    assert heat.hottest is not None
+    assert heat.hottest[1] == 0
+
+
+async def test_an_even_load_moves_nothing() -> None:
+    run = Run()
+    for _ in range(6):
+        run.workers.count(np.full(8, 100))
+        await run.look_after(11.0)
+    assert run.published == []
+
+
+async def test_a_new_rank_gets_experts_by_migration_once_it_can_serve() -> None:
+    run = Run(experts=1)
+    assert run.place(2, ready=1).expert == (0,)
+    placement = run.place(2)
+    assert placement.expert == (0, 1)
+    assert {e for row in placement.table for e in row[len(row) // 2 :]} == {-1}
+    await run.look_after(0.0)
+    check_epochs_and_completeness(run)
+    final = run.balancer.placement
+    assert final is not None
+    held = expert_placement(final, 8).replicas_on_ranks().sum(axis=2)
+    assert held.min() >= 4
+
+
+async def test_a_rank_that_leaves_is_replaced_at_once() -> None:
+    run = Run(experts=2)
+    placement = run.place(1)
+    assert placement.expert == (0,)
+    assert (expert_placement(placement, 8).num_replicas == 1).all()
+    assert placement.epoch == 1
+
+
+async def test_a_crashed_rank_keeps_its_place() -> None:
+    run = Run(experts=2)
+    assert run.place(2, ready=1) is run.balancer.placement
+    assert run.place(2, ready=1).epoch == 0
+
+
+async def test_a_migration_ends_when_the_workers_change() -> None:
+    run = Run()
+    load = run.workers.load
+
+    async def leave_while_loading(rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        run.place(1)
+        return await load(rank, experts)
+
+    run.workers.load = leave_while_loading  # type: ignore[method-assign]
+    run.workers.count(HOT)
+    await run.balancer.rebalance(run.workers.stats.report())
+    assert run.published == []
+    assert run.balancer.placement is not None
+    assert run.balancer.placement.expert == (0,)
+
+
+async def test_a_report_of_another_model_is_refused() -> None:
+    run = Run()
+    other = ExpertLoadStats(num_layers=1, num_experts=4)
+    with pytest.raises(ConfigError, match="does not fit"):
+        await run.balancer.rebalance(other.report())
+
+
+def test_peak_over_mean_is_one_when_all_is_even() -> None:
+    placement = Run().balancer.placement
+    assert placement is not None
+    even = np.full((3, 8), 5.0)
+    assert peak_over_mean(even, expert_placement(placement, 8)).tolist() == [1.0] * 3
