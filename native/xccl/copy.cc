@@ -2,57 +2,46 @@
 
 #include <cstring>
 
-#if defined(__x86_64__)
-#define XDS_WIDE [[gnu::target("avx2")]]
-#else
-#define XDS_WIDE
-#endif
+#include "atomics.h"
 
 namespace xds::xccl {
 namespace {
 
-constexpr uint64_t kSmall = 2 << 10;  // the C library's threshold for strings lies above
+constexpr uint64_t kSmallTotal = 64 << 10;
 constexpr uint64_t kBlock = 128;
+constexpr uint64_t kNear = 64;
 
-// Whole blocks, by vectors of `kWidth` bytes; returns the bytes copied.
-template <uint64_t kWidth>
-[[gnu::always_inline]] inline uint64_t copy_blocks(uint8_t* to, const uint8_t* from,
-                                                   uint64_t bytes) {
-  using Vector [[gnu::vector_size(kWidth)]] = uint8_t;
-  constexpr uint64_t kCount = kBlock / kWidth;
-  uint64_t at = 0;
-  for (; at + kBlock <= bytes; at += kBlock) {
-    Vector block[kCount];
-    for (uint64_t i = 0; i < kCount; ++i) std::memcpy(&block[i], from + at + kWidth * i, kWidth);
-    for (uint64_t i = 0; i < kCount; ++i) std::memcpy(to + at + kWidth * i, &block[i], kWidth);
-  }
-  return at;
+using Vector [[gnu::vector_size(16)]] = uint8_t;
+
+inline Vector load(const uint8_t* from) {
+  Vector value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
 }
 
-uint64_t copy_narrow(uint8_t* to, const uint8_t* from, uint64_t bytes) {
-  return copy_blocks<16>(to, from, bytes);
-}
+inline void store(uint8_t* to, Vector value) { std::memcpy(to, &value, sizeof value); }
 
-XDS_WIDE uint64_t copy_wide(uint8_t* to, const uint8_t* from, uint64_t bytes) {
-  return copy_blocks<32>(to, from, bytes);
+// The target lies just behind the source, whole pages aside.
+inline bool is_alias(const uint8_t* to, const uint8_t* from) {
+  const uint64_t behind =
+      (reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from)) % kPage;
+  return behind != 0 && behind < kNear;
 }
-
-bool has_wide() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2");
-#else
-  return false;
-#endif
-}
-
-const bool is_wide = has_wide();
 
 }  // namespace
 
 // Compiled without the transformation of loops into calls of memcpy (see CMakeLists.txt).
-void copy_bytes(uint8_t* to, const uint8_t* from, uint64_t bytes) {
+void copy_bytes(uint8_t* to, const uint8_t* from, uint64_t bytes, uint64_t total) {
+  if (total <= kSmallTotal && (bytes < kPage || !is_alias(to, from))) {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+    return;
+  }
   uint64_t at = 0;
-  if (bytes > kSmall) at = is_wide ? copy_wide(to, from, bytes) : copy_narrow(to, from, bytes);
+  for (; at + kBlock <= bytes; at += kBlock) {
+    Vector block[kBlock / sizeof(Vector)];
+    for (uint64_t i = 0; i < kBlock / sizeof(Vector); ++i) block[i] = load(from + at + 16 * i);
+    for (uint64_t i = 0; i < kBlock / sizeof(Vector); ++i) store(to + at + 16 * i, block[i]);
+  }
   if (at < bytes) std::memcpy(to + at, from + at, bytes - at);
 }
 

@@ -58,7 +58,7 @@ void P2p::publish_chunk(uint32_t to, SendState& send) {
   ChunkMeta& meta = core_.own().chunk(to, event);
   const bool is_inline = send.num_chunks == 1 && bytes <= kInlineBytes;
   uint8_t* place = is_inline ? meta.payload : core_.own().chunk_data(to, event);
-  copy_bytes(place, send.data + send.done, bytes);
+  copy_bytes(place, send.data + send.done, bytes, send.total);
   meta.chunk_idx = send.chunk_idx;
   meta.num_chunks = send.num_chunks;
   meta.bytes = bytes;
@@ -149,7 +149,7 @@ Status P2p::pull(uint32_t from, uint8_t* out, uint64_t capacity, RecvState& stat
     const uint8_t* place =
         is_inline ? meta->payload
                   : core_.peer(from).segment->chunk_data(core_.rank(), received_[from] + 1);
-    copy_bytes(out + state.done, place, meta->bytes);
+    copy_bytes(out + state.done, place, meta->bytes, state.total);
     state.done += meta->bytes;
     ++state.chunk_idx;
     const bool is_last = state.done == state.total;

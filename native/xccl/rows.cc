@@ -73,11 +73,11 @@ void copy_rows(const RowSource& source, const int32_t* row_idx, uint32_t count, 
     for (uint32_t i = 0; i < count; ++i) scales[i] = source.scales[index(i)];
   }
   if (row_idx == nullptr) {
-    copy_bytes(rows, source.rows, count * bytes);
+    copy_bytes(rows, source.rows, count * bytes, count * bytes);
     return;
   }
   for (uint32_t i = 0; i < count; ++i) {
-    copy_bytes(rows + i * bytes, source.rows + index(i) * bytes, bytes);
+    copy_bytes(rows + i * bytes, source.rows + index(i) * bytes, bytes, count * bytes);
   }
 }
 

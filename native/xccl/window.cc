@@ -21,14 +21,14 @@ const uint64_t* Window::own_word(uint64_t offset) {
 
 Status Window::put(uint32_t rank, uint64_t offset, const uint8_t* data, uint64_t bytes) {
   if (const Status status = check(rank, offset, bytes); status != Status::kOk) return status;
-  copy_bytes(core_.peer(rank).segment->window() + offset, data, bytes);
+  copy_bytes(core_.peer(rank).segment->window() + offset, data, bytes, bytes);
   fault_point(FaultPoint::kPutCopied);
   return Status::kOk;
 }
 
 Status Window::get(uint32_t rank, uint64_t offset, uint8_t* out, uint64_t bytes) {
   if (const Status status = check(rank, offset, bytes); status != Status::kOk) return status;
-  copy_bytes(out, core_.peer(rank).segment->window() + offset, bytes);
+  copy_bytes(out, core_.peer(rank).segment->window() + offset, bytes, bytes);
   return Status::kOk;
 }
 

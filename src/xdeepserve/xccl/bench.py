@@ -122,8 +122,11 @@ def ping_pong(
     for size, times in contests:
         for name, result in times.items():
             found[name][str(size)] = result
-        cells = (f"{t['p50']:.2f} / {t['p99']:.2f}" for t in times.values())
+        cells = [f"{t['p50']:.2f} / {t['p99']:.2f}" for t in times.values()]
         report(table_row(size, cells))
+        if ranks > 2:
+            cells = [f"{t['trips_per_s']} trips/s" for t in times.values()]
+            report(table_row("in all", cells))
     return found
 
 

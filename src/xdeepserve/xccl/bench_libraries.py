@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,9 @@ def ping_pong(place: Place, verbs: Verbs, size: int, seconds: float) -> Numbers 
     send(count.view(np.uint8))
     count[0] = rounds_for(call, seconds)
     send(count.view(np.uint8))
-    return timed(call, int(count[0]))
+    began_ns = time.monotonic_ns()
+    times = timed(call, int(count[0]))
+    return {**times, "began_ns": began_ns, "ended_ns": time.monotonic_ns()}
 
 
 def collective(

@@ -11,7 +11,7 @@ import numpy as np
 
 Numbers = dict[str, Any]
 
-MIN_ROUNDS, MAX_ROUNDS = 10, 20000
+MIN_ROUNDS, MAX_ROUNDS = 10, 1_000_000
 
 
 def timed(call: Callable[[], object], rounds: int) -> Numbers:

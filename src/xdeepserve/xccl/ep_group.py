@@ -56,8 +56,7 @@ class EpGroup:
         arrived = self._early.setdefault(tag, {})
         while len(arrived) < len(self._ranks):
             left_s = deadline - time.monotonic()
-            self._poll(max(0.0, min(left_s, _SLICE_S)))
-            if len(arrived) < len(self._ranks):
+            if not self._poll(max(0.0, min(left_s, _SLICE_S))):
                 self._check(tag, arrived, left_s)
         del self._early[tag]
         return [arrived[rank] for rank in self._ranks]
@@ -69,9 +68,12 @@ class EpGroup:
         with exchange:
             return exchange.e2a(topk_weights, hidden_size=hidden_size, timeout_s=timeout_s)
 
-    def _poll(self, timeout_s: float) -> None:
-        for batch in self._port.poll(timeout_s):
+    def _poll(self, timeout_s: float) -> bool:
+        """Takes what arrives; whether anything did."""
+        batches = self._port.poll(timeout_s)
+        for batch in batches:
             self._early.setdefault(batch.tag, {})[batch.source_rank] = batch
+        return bool(batches)
 
     def _check(self, tag: Tag, arrived: dict[int, Batch], left_s: float) -> None:
         missing = tuple(rank for rank in self._ranks if rank not in arrived)

@@ -216,6 +216,23 @@ def test_a_request_whose_header_lies_is_refused(pair: list[Port], offset: int, v
         assert (part.state, part.detail) == (PartState.REFUSED, 0xFFFF_FFFF)
 
 
+@pytest.mark.parametrize("size", [4095, 4096, 5000, 65_536, 65_537, 300_001])
+def test_messages_arrive_wherever_the_buffer_lies_in_its_page(pair: list[Port], size: int) -> None:
+    """Copies of other kinds for targets that lie just behind their source in a page."""
+    a, b = pair
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    room = np.zeros(size + 3 * 4096, np.uint8)
+    page = -room.ctypes.data % 4096
+    for offset in (0, 1, 16, 63, 64, 2048, 4095):
+        room[:] = 0xA5
+        out = room[page + offset : page + offset + size]
+        a.send(1, data, timeout_s=SOON_S)
+        b.recv(0, out, timeout_s=SOON_S)
+        assert np.array_equal(out, data)
+        assert (room[: page + offset] == 0xA5).all()
+        assert (room[page + offset + size :] == 0xA5).all()
+
+
 def find_header(segment: np.ndarray) -> np.ndarray:
     """Which lines of a segment are request headers: seq 1, step 7, epoch 1, layer 3."""
     words = segment.view(np.uint64).reshape(-1, 8)
