@@ -24,18 +24,19 @@ from typing import Any
 
 import yaml
 
-from xdeepserve.launch.fault_drill import (
+from xdeepserve.launch.server_process import ServerProcess
+from xdeepserve.loadgen.report import json_line, machine_fingerprint
+from xdeepserve.testing.fault_drill import (
     DrillResult,
     Drills,
     Harm,
     freeze_worker,
     kill_worker,
     scale_through,
+    steady_requests,
 )
-from xdeepserve.launch.live_service import LiveService
-from xdeepserve.launch.server_process import ServerProcess
-from xdeepserve.loadgen.report import json_line, machine_fingerprint
-from xdeepserve.loadgen.watched_streams import watched_requests
+from xdeepserve.testing.live_service import LiveService
+from xdeepserve.testing.watched_streams import watched_requests
 
 CRASH_WINDOW_S = 4.0
 """Faults that are injected on purpose, one after the other, are no crash loop."""
@@ -159,7 +160,8 @@ def deployment_file(folder: Path, kind: Kind, model: str) -> Path:
 
 async def try_kind(kind: Kind, service: LiveService, args: argparse.Namespace) -> Outcome:
     """Undisturbed runs, then all repeats, then the end."""
-    drills = Drills(service, watched_requests(args.streams, args.tokens))
+    requests = await steady_requests(service, args.streams, args.tokens)
+    drills = Drills(service, requests)
     undisturbed_s = SCALE_S if kind.is_scaling else 0.0
     # The first one also fills prefix caches and tunes microbatches, and is not timed.
     await drills.undisturbed(undisturbed_s)

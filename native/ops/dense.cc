@@ -80,8 +80,8 @@ Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType
 }
 
 // `ahead` is how many panels later this thread is likely to be.
-void multiply_panel(const Kernels& kernels, int64_t ahead, const Product& p, const Weight& w, int64_t panel,
-                    int64_t first_row, const float* bias) {
+void multiply_panel(const Kernels& kernels, int64_t ahead, const Product& p, const Weight& w,
+                    int64_t panel, int64_t first_row, const float* bias) {
   PanelTask task{};
   task.a = p.a + first_row * p.a_stride;
   task.a_stride = p.a_stride;

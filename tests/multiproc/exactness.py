@@ -188,6 +188,7 @@ class Serving:
 
     def __init__(self, cluster: Cluster, router: RouterEngine, loaded: LoadedModel) -> None:
         self.router = router
+        self.run = cluster.run
         self._cluster = cluster
         units, moe = partition(loaded.model), loaded.model.spec.moe
         num_moe_layers = sum(unit is not None for unit in units.experts)

@@ -97,7 +97,6 @@ def sample() -> list[Cell]:
     overlapped = replace(WITH_FFN[-1], num_microbatches=2)
     cells.append(Cell("glm4_moe", "float32", overlapped))
     cells.append(Cell("smollm2-135m-moe8", "int8", overlapped))
-    cells.append(Cell("smollm2-135m", "int8", DENSE[0]))
     return cells
 
 

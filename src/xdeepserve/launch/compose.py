@@ -63,8 +63,17 @@ def load_named(name: str, config: ModelConfig) -> LoadedModel:
     return LoadedModel(path, model, store.tokenizer_folder(path))
 
 
-def load_model_at(path: Path, config: ModelConfig, *, progress: Progress | None = None) -> Model:
+def load_model_at(
+    path: Path, config: ModelConfig, *, progress: Progress | None = None, verify: bool = True
+) -> Model:
     """Pack or map, and build the model at `path`; processes share the mapped weights.
+
+    Args:
+        path: folder or file.
+        config: precision, operators.
+        progress: called while weights are read or packed.
+        verify: checksum the packed weights. A worker leaves that to its gateway, which has mapped
+            the same pages: it would cost the better part of a restart.
 
     Raises:
         ConfigError: damaged model, wrong configuration.
@@ -72,7 +81,7 @@ def load_model_at(path: Path, config: ModelConfig, *, progress: Progress | None 
     ops = get_ops(config.backend, num_threads=config.num_threads)
     dtype = WeightDtype(config.weight_dtype)
     logger.info("loading %s in %s", path, dtype)
-    return load_model(path, dtype=dtype, ops=ops, progress=progress)
+    return load_model(path, dtype=dtype, ops=ops, progress=progress, verify=verify)
 
 
 def shape_of(loaded: LoadedModel) -> ModelShape:

@@ -69,11 +69,6 @@ def base_table(shape: ModelShape, slices: Slices, replicas: int) -> list[list[in
     return [row] * shape.num_layers
 
 
-def empty_placement(epoch: int, shape: ModelShape) -> Placement:
-    """Nobody serves FFNs or experts: the DP groups compute them themselves."""
-    return Placement(epoch=epoch, ffn=(), expert=(), table=[[]] * shape.num_layers)
-
-
 def routing_table(placement: Placement, shape: ModelShape, fabric: Fabric) -> RoutingTable:
     """The placement in XCCL ranks."""
     return RoutingTable.build(

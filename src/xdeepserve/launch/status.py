@@ -12,7 +12,7 @@ from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.launch.run_dir import choose_run
 from xdeepserve.launch.service import ServiceConfig, load_service
 from xdeepserve.launch.supervisor.client import status_of
-from xdeepserve.launch.supervisor.messages import Member, Status
+from xdeepserve.launch.supervisor.messages import ExpertHeat, Member, Status
 from xdeepserve.messages import Heartbeat
 
 COLUMNS = (
@@ -51,7 +51,23 @@ def render(status: Status, service: ServiceConfig, now_s: float) -> list[str]:
         f"SLO ttft {slo.ttft_ms:g} ms, tpot {slo.tpot_ms:g} ms"
     )
     rows = [_row(m, status.heartbeats.get(m.name), now_s) for m in membership.members]
-    return [head, *_align([COLUMNS, *rows])]
+    heat = [] if status.expert_heat is None else [_heat(status.expert_heat)]
+    return [head, *heat, *_align([COLUMNS, *rows])]
+
+
+def _heat(heat: ExpertHeat) -> str:
+    """One line: how evenly the experts are loaded, and what was done about it."""
+    words = [f"experts: placement {heat.placement_epoch}"]
+    if heat.hottest is not None:
+        layer_idx, expert = heat.hottest
+        words += [
+            f"peak/mean {heat.peak_over_mean:.2f}",
+            f"hottest: expert {expert} of layer {layer_idx} with {heat.hottest_share:.0%}",
+        ]
+    words.append(f"{heat.num_moves} moves in {heat.num_migrations} migrations")
+    if heat.is_migrating:
+        words.append("migrating now")
+    return "  ".join(words)
 
 
 def _row(member: Member, heartbeat: Heartbeat | None, now_s: float) -> tuple[str, ...]:

@@ -59,6 +59,7 @@ def load_model(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
     max_positions: int = 0,
+    verify: bool = True,
 ) -> Model:
     """Load the model at `path`, packing its weights into the cache if they are not there yet.
 
@@ -70,6 +71,7 @@ def load_model(
         cache_dir: where packed files live; None = XDEEPSERVE_HOME/packed.
         progress: called with (stage, bytes done, bytes in total).
         max_positions: longest context the rope table is made for; 0 = what the model supports.
+        verify: checksum the packed weights; False when a process that shares the map has done so.
 
     Raises:
         ModelFormatError: damaged or unsupported model; a tensor missing or of the wrong shape.
@@ -85,10 +87,12 @@ def load_model(
             layout=ops.layout,
             recipe=_recipe(),
         )
-        packed = _open(directory, key)
+        packed = _open(directory, key, verify=verify)
         if packed is None:
             with file_lock(directory / f"{key.file_name}.lock", timeout_s=LOCK_TIMEOUT_S):
-                packed = _open(directory, key) or _pack(source, directory, key, ops, progress)
+                packed = _open(directory, key, verify=verify) or _pack(
+                    source, directory, key, ops, progress
+                )
     except OSError as exc:
         raise home_error(directory, exc) from exc
     spec = parse_spec(packed.config)
@@ -188,10 +192,10 @@ class TrackedCheckpoint:
         return values
 
 
-def _open(directory: Path, key: PackedKey) -> PackedFile | None:
+def _open(directory: Path, key: PackedKey, *, verify: bool) -> PackedFile | None:
     """The packed file of `key`; None if there is none. A damaged one is reported as none."""
     try:
-        return PackedFile(directory / key.file_name, key)
+        return PackedFile(directory / key.file_name, key, verify=verify)
     except FileNotFoundError:
         return None
     except ModelFormatError as exc:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from xdeepserve.errors import IntegrityError
 from xdeepserve.models.moe import FfnCall, run_ffn
 from xdeepserve.ops import F32, I32
-from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag
+from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag, use_up
 from xdeepserve.transformerless.partition import Partition
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
 
@@ -41,22 +40,13 @@ class LocalTransport:
         Raises:
             IntegrityError: the handle was used before, or is not this transport's.
         """
-        call = _use_up(handle).call
+        call = use_up(handle, LocalHandle).call
         with self._times.measure(Stage.OWN_MODULES):
             return run_ffn(self._ffn[call.layer_idx], self._experts[call.layer_idx], call)
 
     def release(self, handle: DispatchHandle) -> None:
         """Forget an exchange; see MoeTransport.release."""
-        _use_up(handle)
+        use_up(handle, LocalHandle)
 
     def close(self) -> None:
         """Nothing to free."""
-
-
-def _use_up(handle: DispatchHandle) -> LocalHandle:
-    if not isinstance(handle, LocalHandle):
-        raise IntegrityError(f"exchange {handle.tag} belongs to another transport")
-    if not handle.is_open:
-        raise IntegrityError(f"exchange {handle.tag} was already combined or released")
-    handle.is_open = False
-    return handle

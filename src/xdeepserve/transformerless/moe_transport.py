@@ -9,9 +9,12 @@ is a function call; workers in other processes implement the same two verbs over
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from xdeepserve.errors import IntegrityError
 from xdeepserve.ops import F32, I32
+
+H = TypeVar("H", bound="OpenHandle")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,26 @@ class DispatchHandle(Protocol):
     def tag(self) -> StepTag:
         """The tag given to dispatch."""
         ...
+
+
+class OpenHandle(DispatchHandle, Protocol):
+    """A handle that knows whether it was used."""
+
+    is_open: bool
+
+
+def use_up(handle: DispatchHandle, kind: type[H]) -> H:
+    """The handle as the transport's own kind, closed by this call.
+
+    Raises:
+        IntegrityError: it was used before, or is another transport's.
+    """
+    if not isinstance(handle, kind):
+        raise IntegrityError(f"exchange {handle.tag} belongs to another transport")
+    if not handle.is_open:
+        raise IntegrityError(f"exchange {handle.tag} was already combined or released")
+    handle.is_open = False
+    return handle
 
 
 class MoeTransport(Protocol):

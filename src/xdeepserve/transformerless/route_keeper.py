@@ -47,6 +47,7 @@ class RouteKeeper:
         self._port = port
         self._routing = routing
         self._epoch = 0
+        self._was_complete = False
         self._next_look_s = 0.0
         self._use(routing.current)
 
@@ -82,8 +83,11 @@ class RouteKeeper:
         self._next_look_s = SYSTEM_CLOCK.monotonic() + LOOK_INTERVAL_S
         self._epoch += 1
         if lost != self._lost:
-            logger.warning("ranks that do not answer: %s", sorted(lost) or "none any more")
+            # At the start it is no news that some are not there yet.
+            level = logging.WARNING if self._was_complete else logging.INFO
+            logger.log(level, "ranks that do not answer: %s", sorted(lost) or "none any more")
             self._reckon(lost)
+        self._was_complete = self._was_complete or not lost
 
     def _use(self, table: RoutingTable) -> None:
         self._table = table

@@ -19,11 +19,11 @@ from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.eplb import ExpertLoadStats
-from xdeepserve.errors import IntegrityError, PeerLost, XcclError, XcclTimeout
+from xdeepserve.errors import PeerLost, XcclError, XcclTimeout
 from xdeepserve.models.moe import run_experts
 from xdeepserve.ops import F32, I32
 from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, Leg
-from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag
+from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag, use_up
 from xdeepserve.transformerless.partition import Partition
 from xdeepserve.transformerless.route_keeper import Route, RouteKeeper
 from xdeepserve.transformerless.routing import NOBODY, LiveRouting
@@ -188,7 +188,7 @@ class XcclTransport:
             IntegrityError: the handle was used before, or is not this transport's.
             XcclError: a rank refuses what it was asked: it runs another model.
         """
-        exchange = _use_up(handle)
+        exchange = use_up(handle, XcclHandle)
         try:
             with self._times.measure(Stage.WAIT):
                 self._settle(exchange)
@@ -238,7 +238,7 @@ class XcclTransport:
 
     def release(self, handle: DispatchHandle) -> None:
         """Forget an exchange; see MoeTransport.release."""
-        _use_up(handle).release()
+        use_up(handle, XcclHandle).release()
 
     def close(self) -> None:
         """Close the port. Idempotent."""
@@ -261,12 +261,3 @@ def _add_up(handle: XcclHandle) -> F32:
         assert shared is not None, "a layer has a dense FFN or experts"
         return shared if handle.ffn is None else shared.copy()
     return routed if shared is None else shared + routed
-
-
-def _use_up(handle: DispatchHandle) -> XcclHandle:
-    if not isinstance(handle, XcclHandle):
-        raise IntegrityError(f"exchange {handle.tag} belongs to another transport")
-    if not handle.is_open:
-        raise IntegrityError(f"exchange {handle.tag} was already combined or released")
-    handle.is_open = False
-    return handle

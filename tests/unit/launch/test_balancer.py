@@ -11,7 +11,7 @@ import pytest
 from xdeepserve.eplb import ExpertLoadReport, ExpertLoadStats, peak_over_mean, rank_load
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.deployment import Deployment, ExpertRoleSpec, RolesSpec
-from xdeepserve.launch.placement import Placement, expert_placement
+from xdeepserve.launch.placement import Placement, expert_placement, idle_ranks
 from xdeepserve.launch.plan import ModelShape
 from xdeepserve.launch.supervisor.balancer import Balancer
 from xdeepserve.testing.fake_clock import FakeClock
@@ -69,6 +69,12 @@ class Run:
     async def look_after(self, seconds: float) -> None:
         self.clock.advance(seconds)
         await self.balancer.look()
+
+
+def skewed_report(tokens: np.ndarray) -> ExpertLoadReport:
+    workers = FakeWorkers()
+    workers.count(tokens)
+    return workers.stats.report()
 
 
 def check_epochs_and_completeness(run: Run) -> None:
@@ -136,6 +142,79 @@ async def test_a_rank_that_leaves_is_replaced_at_once() -> None:
     assert placement.expert == (0,)
     assert (expert_placement(placement, 8).num_replicas == 1).all()
     assert placement.epoch == 1
+
+
+async def test_a_rank_that_comes_back_is_filled_again() -> None:
+    run = Run(experts=3)
+    for _ in range(2):
+        run.place(2)
+        assert run.place(3).expert == (0, 1, 2)
+        await run.look_after(0.0)
+        assert run.balancer.placement is not None
+        assert idle_ranks(run.balancer.placement) == ()
+    check_epochs_and_completeness(run)
+
+
+async def test_the_next_balancer_goes_on_from_the_published_placement() -> None:
+    run = Run(experts=1)
+    saved = run.place(2)
+    successor = Run(experts=2)
+    successor.balancer.placement = saved
+    assert successor.place(2) is saved
+    await successor.look_after(0.0)
+    check_epochs_and_completeness(successor)
+    assert successor.published[0].epoch == saved.epoch + 1
+    assert idle_ranks(successor.published[-1]) == ()
+
+
+async def test_the_history_of_a_group_is_no_news_to_the_next_balancer() -> None:
+    run = Run()
+    run.workers.count(HOT)
+    await run.look_after(0.0)
+    heat = run.balancer.heat()
+    assert heat is not None
+    assert heat.num_tokens == 0
+    run.workers.count(HOT)
+    await run.look_after(0.0)
+    heat = run.balancer.heat()
+    assert heat is not None
+    assert heat.num_tokens == 3 * HOT.sum()
+
+
+async def test_rebalancing_waits_for_the_migration_under_way() -> None:
+    run = Run(experts=2, replicas=1)
+    reports = [skewed_report(HOT), skewed_report(HOT[::-1])]
+    await asyncio.gather(*(run.balancer.rebalance(report) for report in reports))
+    check_epochs_and_completeness(run)
+    heat = run.balancer.heat()
+    assert heat is not None
+    assert (heat.num_migrations, heat.is_migrating) == (2, False)
+
+
+async def test_a_worker_that_does_not_answer_stops_no_migration() -> None:
+    run = Run()
+
+    async def no_answer(rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        return False
+
+    run.workers.load = no_answer  # type: ignore[method-assign]
+    before = peak(run.balancer.placement)
+    await run.balancer.rebalance(skewed_report(HOT))
+    assert peak(run.balancer.placement) < before
+
+
+async def test_nothing_is_migrated_once_all_workers_are_to_end() -> None:
+    run = Run(experts=1)
+    run.place(2)
+    reports = run.workers.reports
+
+    async def stop_meanwhile() -> Mapping[str, ExpertLoadReport]:
+        run.place(0)
+        return await reports()
+
+    run.workers.reports = stop_meanwhile  # type: ignore[method-assign]
+    await run.look_after(0.0)
+    assert run.published == []
 
 
 async def test_a_crashed_rank_keeps_its_place() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.multiproc.cluster_harness import make_service
@@ -15,7 +16,13 @@ from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.scale import parse_counts
 from xdeepserve.launch.status import render
-from xdeepserve.launch.supervisor.messages import Member, Membership, Status, WorkerState
+from xdeepserve.launch.supervisor.messages import (
+    ExpertHeat,
+    Member,
+    Membership,
+    Status,
+    WorkerState,
+)
 from xdeepserve.messages import Heartbeat
 
 
@@ -63,6 +70,49 @@ def test_table() -> None:
         "wait 65% attention 20% head 10% -",
         "expert0 expert failed - 9 8 - 0-7 - - killed by SIGSEGV",
     ]
+
+
+def heat(**changes: object) -> ExpertHeat:
+    calm = ExpertHeat(
+        num_tokens=0,
+        peak_over_mean=1.0,
+        hottest=None,
+        hottest_share=0.0,
+        num_migrations=0,
+        num_moves=0,
+        is_migrating=False,
+        placement_epoch=0,
+    )
+    return msgspec.structs.replace(calm, **changes)
+
+
+@pytest.mark.parametrize(
+    ("of_experts", "line"),
+    [
+        (heat(), "experts: placement 0  0 moves in 0 migrations"),
+        (
+            heat(
+                peak_over_mean=1.256,
+                hottest=(7, 3),
+                hottest_share=0.31,
+                num_migrations=2,
+                num_moves=40,
+                is_migrating=True,
+                placement_epoch=9,
+            ),
+            "experts: placement 9  peak/mean 1.26  hottest: expert 3 of layer 7 with 31%  "
+            "40 moves in 2 migrations  migrating now",
+        ),
+    ],
+)
+def test_expert_heat(of_experts: ExpertHeat, line: str) -> None:
+    status = Status(
+        membership=Membership(epoch=1, run_id="ab" * 4, counts={}, members=()),
+        supervisor=ProcessIdentity(41, 7),
+        heartbeats={},
+        expert_heat=of_experts,
+    )
+    assert render(status, make_service(1, 1), now_s=0.0)[1] == line
 
 
 def test_counts() -> None:

@@ -111,6 +111,17 @@ def test_damaged_cache_file_is_rebuilt(
     assert caplog.text == ""
 
 
+def test_data_that_others_have_checked_are_taken_as_they_are(tmp_path: Path) -> None:
+    folder, cache = llama_folder(tmp_path / "m"), tmp_path / "c"
+    load(folder, cache)
+    path = only_pack(cache)
+    content = bytearray(path.read_bytes())
+    content[2 * 4096] ^= 1
+    path.write_bytes(content)
+    load_model(folder, dtype=WeightDtype.FLOAT32, ops=ReferenceOps(), cache_dir=cache, verify=False)
+    assert path.read_bytes() == content
+
+
 def test_empty_cache_file_is_rebuilt(tmp_path: Path) -> None:
     folder, cache = llama_folder(tmp_path / "m"), tmp_path / "c"
     cold = fingerprint(load(folder, cache))

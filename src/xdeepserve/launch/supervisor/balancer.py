@@ -38,7 +38,6 @@ from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.placement import (
     Placement,
     base_table,
-    empty_placement,
     expert_placement,
     idle_ranks,
     moved_to,
@@ -137,6 +136,7 @@ class Balancer:
             self.placement = self._first(ffn, expert)
         elif (current.ffn, current.expert) != (ffn, expert):
             self.placement = self._next(current, ffn, expert)
+            self._spread_to = ()
             self._joined.set()
         assert self.placement is not None, "it was made above"
         return self.placement
@@ -165,9 +165,9 @@ class Balancer:
         return Placement(epoch=0, ffn=ffn, expert=expert, table=table)
 
     def _next(self, current: Placement, ffn: tuple[int, ...], expert: tuple[int, ...]) -> Placement:
-        if not expert or self._load is None:
-            none = empty_placement(current.epoch + 1, self._shape)
-            return Placement(epoch=none.epoch, ffn=ffn, expert=(), table=none.table)
+        if self._load is None or not expert:  # FFN workers only, or all are to end
+            nothing: list[list[int]] = [[]] * self._shape.num_layers
+            return Placement(epoch=current.epoch + 1, ffn=ffn, expert=(), table=nothing)
         replicas = self._replicas(len(expert))
         return moved_to(current, ffn=ffn, expert=expert, load=self._load.prior(), replicas=replicas)
 
@@ -193,11 +193,13 @@ class Balancer:
             return
         load.add(await self._workers.reports())
         if self._spread_to != placement.expert and idle_ranks(placement):
-            if await self._migrate_for(load.prior()):
-                self._spread_to = placement.expert
+            async with self._migrating:
+                if await self._migrate_for(load.prior()):
+                    self._spread_to = placement.expert
         elif self._interval_s and self._clock.monotonic() >= self._next_s:
             self._next_s = self._clock.monotonic() + self._interval_s
-            await self._consider(load)
+            async with self._migrating:
+                await self._consider(load)
             load.roll()
 
     async def _consider(self, load: ExpertLoad) -> None:
@@ -240,13 +242,16 @@ class Balancer:
                     f"{load.shape}"
                 )
             load = counts.astype(np.float64) + 1.0
-        await self._migrate_for(load)
+        async with self._migrating:
+            await self._migrate_for(load)
 
     # -- migration ------------------------------------------------------------------------------
 
     async def _migrate_for(self, load: F64) -> bool:
+        """As `_migrate`, from what is in force by now; False without expert workers."""
         origin = self.placement
-        assert origin is not None, "the callers have looked"
+        if origin is None or not origin.expert:
+            return False
         replicas = self._replicas(len(origin.expert))
         current, target = await asyncio.to_thread(plan_experts, origin, load, replicas)
         return await self._migrate(origin, current, target, range(self._shape.num_layers))
@@ -258,32 +263,34 @@ class Balancer:
         target: ExpertPlacement,
         layers: Sequence[int],
     ) -> bool:
-        """Go from current, the experts of `origin`, to target; False when it was cut short."""
-        async with self._migrating:
-            num_moves = 0
-            for tick in migrate(
-                current,
-                target,
-                max_moves=MAX_MOVES,
-                max_staged_per_rank=MAX_STAGED_PER_RANK,
-                layers=layers,
-            ):
-                if tick.phase is Phase.LOAD:
-                    await self._load_experts(origin.expert, tick.moves)
-                if self.placement is not origin:
-                    logger.info("the workers in use have changed; the migration ends here")
-                    return False
-                if tick.phase is Phase.FLIP:
-                    # DROP needs nothing: the weights are mapped, the kernel drops what it must.
-                    origin = self.placement = with_experts(origin, tick.placement)
-                    self._publish()
-                    num_moves += len(tick.moves)
-                    self._num_moves += len(tick.moves)
-                    await self._sleep(TICK_INTERVAL_S)
-            if num_moves:
-                self._num_migrations += 1
-                logger.info("moved %d experts; routing epoch %d", num_moves, origin.epoch)
-            return self.placement is origin
+        """Go from current, the experts of `origin`, to target; False when it was cut short.
+
+        The caller holds the lock.
+        """
+        num_moves = 0
+        ticks = migrate(
+            current,
+            target,
+            max_moves=MAX_MOVES,
+            max_staged_per_rank=MAX_STAGED_PER_RANK,
+            layers=layers,
+        )
+        for tick in ticks:
+            if tick.phase is Phase.LOAD:
+                await self._load_experts(origin.expert, tick.moves)
+                num_moves += len(tick.moves)
+            if self.placement is not origin:
+                logger.info("the workers in use have changed; the migration ends here")
+                return False
+            if tick.phase is Phase.FLIP:
+                # DROP needs nothing: the weights are mapped, and the kernel drops what it must.
+                origin = self.placement = with_experts(origin, tick.placement)
+                self._publish()
+                await self._sleep(TICK_INTERVAL_S)
+        self._num_moves += num_moves
+        self._num_migrations += bool(num_moves)
+        logger.info("moved %d experts; routing epoch %d", num_moves, origin.epoch)
+        return True
 
     async def _load_experts(self, ranks: tuple[int, ...], moves: Sequence[ExpertMove]) -> None:
         """Have the weights present before tokens come; who does not answer faults them in later."""

@@ -9,12 +9,14 @@ from typing import Any, Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.control import ControlClient
+from xdeepserve.eplb import ExpertLoadReport
 from xdeepserve.errors import ConnectionLost
 from xdeepserve.launch.run_dir import RunDirectory
 from xdeepserve.launch.supervisor.messages import (
     SUPERVISOR_NAME,
     GetStatus,
     Membership,
+    Rebalance,
     Scale,
     Status,
     SupervisorReply,
@@ -22,6 +24,8 @@ from xdeepserve.launch.supervisor.messages import (
 
 CONNECT_TIMEOUT_S: Final = 2.0
 CALL_TIMEOUT_S: Final = 10.0
+REBALANCE_TIMEOUT_S: Final = 600.0
+"""Thousands of experts move in small ticks."""
 RESTART_TIMEOUT_S: Final = 5.0
 RETRY_S: Final = 0.05
 
@@ -62,6 +66,18 @@ async def scale_run(run: RunDirectory, counts: Mapping[str, int]) -> Membership:
     """
     membership: Membership = await _call(run, Scale(dict(counts)))
     return membership
+
+
+async def rebalance_run(run: RunDirectory, load: ExpertLoadReport | None = None) -> Membership:
+    """Move the experts to where a load, or the load counted, asks for; returns when they are there.
+
+    Raises:
+        ConfigError: there are no expert workers, or the load is of another model.
+        ConnectionLost, DeadlineExceeded: there is no supervisor, or it is being replaced.
+    """
+    async with connect_supervisor(run) as client:
+        membership: Membership = await client.call(Rebalance(load), timeout_s=REBALANCE_TIMEOUT_S)
+        return membership
 
 
 async def _call(run: RunDirectory, request: GetStatus | Scale) -> Any:

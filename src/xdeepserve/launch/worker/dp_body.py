@@ -62,7 +62,7 @@ class DPBody:
 
     def _build(self, feed: RoutingFeed | None) -> DPGroup:
         service = self._context.service
-        model = load_model_at(Path(service.model_path), self._context.precision())
+        model = load_model_at(Path(service.model_path), self._context.precision(), verify=False)
         if feed is not None:
             self._transport = self._connect(model, feed)
         return build_dp_group(

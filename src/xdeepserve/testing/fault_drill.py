@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
-from xdeepserve.launch.live_service import LiveService
-from xdeepserve.loadgen.watched_streams import (
+from xdeepserve.testing.live_service import LiveService
+from xdeepserve.testing.watched_streams import (
     StreamRecord,
     WatchedLoad,
     WatchedRequest,
     longest_gap_s,
+    watched_requests,
 )
 
 BEGUN_CHUNKS: Final = 4
@@ -63,6 +64,23 @@ def scale_through(role: str, counts: Sequence[int]) -> Harm:
             await service.scale({role: count})
 
     return harm
+
+
+async def steady_requests(
+    service: LiveService, count: int, max_tokens: int
+) -> list[WatchedRequest]:
+    """Requests of which each token gives a chunk: silence is then the service's, not the text's.
+
+    A token that ends within a character is held back until the next one; a tenth of the answers
+    of a small model has such tokens. So some more are tried, and those with most chunks are taken.
+    """
+    candidates = watched_requests(count + count // 4 + 1, max_tokens)
+    server = service.server
+    async with WatchedLoad(server.url, server.model, candidates) as load:
+        records = await load.finish()
+    num_chunks = [len(answers[0].arrivals_s) for answers in records]
+    best = sorted(range(len(candidates)), key=lambda idx: -num_chunks[idx])[:count]
+    return [candidates[idx] for idx in sorted(best)]
 
 
 @dataclass(frozen=True, slots=True)
