@@ -271,6 +271,8 @@ def main() -> int:
             print(f"  {name:<18}{row['peak_over_mean']:.3f}  {row['loads_per_layer']:.1f}")
     migration = measure_migration(LAYOUTS[3], args.layers, args.seed)
     print("migration: " + ", ".join(f"{key} {value:.4g}" for key, value in migration.items()))
+    worse = [f"{r.layout}, {r.trace}" for r in static if r.ours > r.published + 1e-9]
+    print(f"worse than published: {'; '.join(worse) or 'nowhere'}")
     document = {
         "benchmark": "eplb",
         "config": {"layers": args.layers, "windows": args.windows, "seed": args.seed},
@@ -278,9 +280,10 @@ def main() -> int:
         "static": [asdict(result) for result in static],
         "shifting": shifting,
         "migration": migration,
+        "worse_than_published": worse,
     }
     print(json_line(document))
-    return 0
+    return 1 if worse else 0
 
 
 if __name__ == "__main__":

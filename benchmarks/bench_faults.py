@@ -218,6 +218,8 @@ def print_outcome(name: str, outcome: Outcome) -> None:
         f"{kind.aim_s:>6.1f}{settled_s:>10.2f}",
         flush=True,
     )
+    if num_late := sum(gap - outcome.undisturbed_gap_s > kind.aim_s for gap in gaps):
+        print(f"  {num_late} of {len(gaps)} gaps miss the aim")
     for message, count in outcome.errors.items():
         print(f"  failed {count} x: {message}")
     for item in outcome.leftovers:
@@ -236,6 +238,7 @@ def result_of(name: str, outcome: Outcome) -> dict[str, Any]:
         "counts": dict(kind.counts),
         "aim_s": kind.aim_s,
         "is_clean": outcome.is_clean,
+        "is_within_aim": outcome.gap_s - outcome.undisturbed_gap_s <= kind.aim_s,
         "longest_gap_s": outcome.gap_s,
         "longest_gap_undisturbed_s": outcome.undisturbed_gap_s,
         "gaps_s": [round(result.gap_s, 4) for result in outcome.disturbed],
@@ -256,6 +259,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48, help="length of an answer")
     parser.add_argument("--undisturbed", type=int, default=3, help="timed undisturbed runs")
     parser.add_argument("--model", default="smollm2-135m-moe8")
+    parser.add_argument("--strict", action="store_true", help="fail when an aim is missed")
     parser.add_argument("--show-log", action="store_true", help="the service's log on stderr")
     args = parser.parse_args()
     print(
@@ -278,7 +282,8 @@ def main() -> int:
         "is_clean": is_clean,
     }
     print(json_line(document))
-    return 0 if is_clean else 1
+    is_met = all(result["is_within_aim"] for result in document["results"].values())
+    return 0 if is_clean and (is_met or not args.strict) else 1
 
 
 if __name__ == "__main__":

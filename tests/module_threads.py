@@ -11,6 +11,7 @@ import numpy as np
 
 from xdeepserve.models.decoder import Model
 from xdeepserve.ops import I32
+from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.module_server import ModuleServer
 from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.routing import LiveRouting, RoutingTable
@@ -79,21 +80,31 @@ class ModuleThreads:
         self._threads.setdefault(rank, []).append(thread)
         thread.start()
 
-    def port(self, rank: int) -> Port:
+    def port(self, rank: int, *, frozen_after_s: float = 5.0) -> Port:
         """A life of a rank; closed with the run at the latest."""
-        port = Port(self._run_id, f"r{rank}", rank, layout=self._layout, frozen_after_s=5.0)
+        port = Port(
+            self._run_id, f"r{rank}", rank, layout=self._layout, frozen_after_s=frozen_after_s
+        )
         self._ports.append(port)
         return port
 
-    def transport(self, rank: int = 0, *, timeout_s: float = 20.0) -> XcclTransport:
+    def transport(
+        self,
+        rank: int = 0,
+        *,
+        timeout_s: float = 20.0,
+        frozen_after_s: float = 5.0,
+        share: ExpertShare | None = None,
+    ) -> XcclTransport:
         """The transport of an attention rank, linked to all servers."""
-        port, table = self.port(rank), self.routing.current
+        port, table = self.port(rank, frozen_after_s=frozen_after_s), self.routing.current
         port.wait_linked([*table.ffn_ranks, *table.expert_ranks], timeout_s=10.0)
         return XcclTransport(
             port=port,
             units=self.units,
             routing=self.routing,
             stage_times=StageTimes(),
+            share=share,
             timeout_s=timeout_s,
         )
 

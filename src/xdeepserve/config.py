@@ -80,6 +80,10 @@ class EngineConfig:
         0, "Parts of a step under way at once, to overlap workers; 0 = by measured times."
     )
 
+    share_experts: bool = option(
+        True, "Compute some experts while expert workers would be waited for, by measured waits."
+    )
+
     def __post_init__(self) -> None:
         _require_positive(
             self, "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size",

@@ -60,10 +60,15 @@ def permute_by_expert(topk_ids: I32, num_experts: int) -> Permutation:
 
 def run_experts(unit: ExpertUnit, hidden_states: F32, topk_ids: I32, topk_weights: F32) -> F32:
     """[T, H]: the routed part of an MoE layer; `unit` holds all its experts."""
+    outputs, permutation = run_sorted(unit, hidden_states, topk_ids)
+    return unit.ops.combine_topk(outputs, permutation.row_of_slot, topk_weights)
+
+
+def run_sorted(unit: ExpertUnit, hidden_states: F32, topk_ids: I32) -> tuple[F32, Permutation]:
+    """[R, H] outputs of the slots that are not skipped, and where each of them lies."""
     permutation = permute_by_expert(topk_ids, unit.num_experts)
     rows = hidden_states[permutation.token_of_row]
-    outputs = unit(rows, permutation.num_tokens_per_expert)
-    return unit.ops.combine_topk(outputs, permutation.row_of_slot, topk_weights)
+    return unit(rows, permutation.num_tokens_per_expert), permutation
 
 
 def run_ffn(ffn: FfnUnit | None, experts: ExpertUnit | None, call: FfnCall) -> F32:

@@ -81,3 +81,7 @@ class ExpertLeg:
         out = np.empty((topk_weights.shape[0], self._hidden_size), np.float32)
         self.exchange.combine(topk_weights, out)
         return out
+
+    def gather(self, out: F32) -> None:
+        """Copies each answer to the row of out [T * K, H] that is its slot; leaves the others."""
+        self.exchange.gather(out)

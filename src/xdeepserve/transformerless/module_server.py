@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.models.units import ExpertUnit, FfnUnit
 from xdeepserve.ops import F32, I32
 from xdeepserve.transformerless.legs import Module
@@ -25,6 +26,12 @@ from xdeepserve.xccl import Batch, Port
 POLL_S: Final = 0.02
 """Between two looks for ranks that want to be linked, while nobody asks."""
 
+STUCK_AFTER_S: Final = 2.0
+"""A loop that has not come round for so long, nor ever needed so long, is stuck."""
+
+LONGEST_ROUNDS: Final = 10
+"""So many times the longest round so far are no sign of being stuck, either."""
+
 REFUSED_LAYER: Final = 1
 REFUSED_ROWS: Final = 2
 
@@ -34,13 +41,22 @@ logger = logging.getLogger(__name__)
 class ModuleServer:
     """Thread: the one that calls `run`; `stop` and the counters from any."""
 
-    def __init__(self, port: Port, units: Partition, *, stage_times: StageTimes) -> None:
+    def __init__(
+        self,
+        port: Port,
+        units: Partition,
+        *,
+        stage_times: StageTimes,
+        stuck_after_s: float = STUCK_AFTER_S,
+    ) -> None:
         """Serve all layers of `units` at `port`, which is closed when `run` ends."""
         self._port = port
         self._ffn = units.ffn
         self._experts = units.experts
         self._times = stage_times
         self._stop = threading.Event()
+        self._stuck_after_s = stuck_after_s
+        self._round_begun_s = SYSTEM_CLOCK.monotonic()
         self.num_rounds = 0
         self.num_rows = 0
         self.num_requests = 0
@@ -55,8 +71,12 @@ class ModuleServer:
             self._port.close()
 
     def beat(self) -> None:
-        """Show askers that this process lives, also while it computes for long. Any thread."""
-        self._port.beat()
+        """Show askers that the loop lives, also while it computes for long. Any thread.
+
+        Of a stuck loop nothing is shown, so that its askers go to others.
+        """
+        if SYSTEM_CLOCK.monotonic() - self._round_begun_s < self._stuck_after_s:
+            self._port.beat()
 
     def stop(self) -> None:
         """Ask `run` to return."""
@@ -67,6 +87,7 @@ class ModuleServer:
         """Answer what has arrived, waiting at most so long for the first; how many requests."""
         with self._times.measure(Stage.POLL):
             batches = self._port.poll(timeout_s)
+        self._round_begun_s = SYSTEM_CLOCK.monotonic()
         groups: dict[tuple[int, int], list[Batch]] = {}
         for batch in batches:
             groups.setdefault((batch.kind, batch.tag.layer_idx), []).append(batch)
@@ -74,7 +95,15 @@ class ModuleServer:
             self._serve(kind, layer_idx, group)
         self.num_rounds += 1
         self.num_requests += len(batches)
+        self._come_round()
         return len(batches)
+
+    def _come_round(self) -> None:
+        """A round that took long is no surprise the next time."""
+        now_s = SYSTEM_CLOCK.monotonic()
+        took_s = now_s - self._round_begun_s
+        self._stuck_after_s = max(self._stuck_after_s, LONGEST_ROUNDS * took_s)
+        self._round_begun_s = now_s
 
     def _serve(self, kind: int, layer_idx: int, group: list[Batch]) -> None:
         unit = self._unit(kind, layer_idx)

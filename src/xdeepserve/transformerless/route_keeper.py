@@ -7,6 +7,7 @@ or when its heart beats again. Exchanges report losses; recoveries are found by 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +18,9 @@ from xdeepserve.xccl import PeerState, Port
 
 LOOK_INTERVAL_S: Final = 0.005
 """Between two looks for ranks that came back while some are lost."""
+
+AVOIDED_S: Final = 10.0
+"""How long a rank that let a request time out is not asked again, though it seems to live."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ class RouteKeeper:
         self._epoch = 0
         self._was_complete = False
         self._next_look_s = 0.0
+        self._avoided_until_s: dict[int, float] = {}
         self._use(routing.current)
 
     def table(self) -> RoutingTable:
@@ -89,6 +94,12 @@ class RouteKeeper:
             self._reckon(lost)
         self._was_complete = self._was_complete or not lost
 
+    def avoid(self, ranks: Iterable[int]) -> None:
+        """Count ranks as lost for a while: they live, but do not answer."""
+        until_s = SYSTEM_CLOCK.monotonic() + AVOIDED_S
+        self._avoided_until_s.update(dict.fromkeys(ranks, until_s))
+        self.look()
+
     def _use(self, table: RoutingTable) -> None:
         self._table = table
         self._reckon(frozenset())
@@ -105,5 +116,7 @@ class RouteKeeper:
 
     def _answers(self, rank: int) -> bool:
         if not self._port.is_linked(rank):
+            return False
+        if SYSTEM_CLOCK.monotonic() < self._avoided_until_s.get(rank, 0.0):
             return False
         return self._port.status_of(rank).state is PeerState.ALIVE

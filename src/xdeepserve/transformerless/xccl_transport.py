@@ -22,12 +22,15 @@ from xdeepserve.eplb import ExpertLoadStats
 from xdeepserve.errors import PeerLost, XcclError, XcclTimeout
 from xdeepserve.models.moe import run_experts
 from xdeepserve.ops import F32, I32
+from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, Leg
 from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag, use_up
+from xdeepserve.transformerless.own_experts import OwnExperts
 from xdeepserve.transformerless.partition import Partition
 from xdeepserve.transformerless.route_keeper import Route, RouteKeeper
 from xdeepserve.transformerless.routing import NOBODY, LiveRouting
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
+from xdeepserve.transformerless.xccl_handle import XcclHandle
 from xdeepserve.xccl import Port, Tag
 
 ANSWER_TIMEOUT_S: Final = 20.0
@@ -41,56 +44,6 @@ LINK_POLL_S: Final = 0.002
 logger = logging.getLogger(__name__)
 
 
-class XcclHandle:
-    """An exchange under way: what was asked of others, and what was computed here."""
-
-    __slots__ = (
-        "experts",
-        "ffn",
-        "hidden_states",
-        "is_open",
-        "routed",
-        "shared",
-        "tag",
-        "topk_ids",
-        "topk_weights",
-    )
-
-    def __init__(
-        self, tag: StepTag, hidden_states: F32, topk_ids: I32 | None, topk_weights: F32 | None
-    ) -> None:
-        self.tag = tag
-        self.hidden_states = hidden_states
-        self.topk_ids = topk_ids
-        self.topk_weights = topk_weights
-        self.ffn: FfnLeg | None = None
-        self.experts: ExpertLeg | None = None
-        self.shared: F32 | None = None
-        self.routed: F32 | None = None
-        self.is_open = True
-
-    def is_answered(self) -> bool:
-        """Whether what was asked of others is there."""
-        return all(leg.exchange.is_done() for leg in (self.ffn, self.experts) if leg is not None)
-
-    def give_up_ffn(self) -> None:
-        """Forget the FFN leg."""
-        if self.ffn is not None:
-            self.ffn.exchange.release()
-        self.ffn = None
-
-    def give_up_experts(self) -> None:
-        """Forget the expert leg."""
-        if self.experts is not None:
-            self.experts.exchange.release()
-        self.experts = None
-
-    def release(self) -> None:
-        """Free the slots of both legs."""
-        self.give_up_ffn()
-        self.give_up_experts()
-
-
 class XcclTransport:
     """MoeTransport of one DP group. Thread: the step loop."""
 
@@ -102,6 +55,7 @@ class XcclTransport:
         routing: LiveRouting,
         stage_times: StageTimes,
         load_stats: ExpertLoadStats | None = None,
+        share: ExpertShare | None = None,
         timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         """Connect the attention side to its modules.
@@ -112,6 +66,7 @@ class XcclTransport:
             routing: read at each dispatch.
             stage_times: where the stages of an exchange are counted.
             load_stats: where the tokens of each expert are counted; None = nowhere.
+            share: which experts are computed here while others would be waited for; None = none.
             timeout_s: how long a rank that lives may leave a request unanswered.
         """
         self._port = port
@@ -119,7 +74,9 @@ class XcclTransport:
         self._routes = RouteKeeper(port, routing)
         self._times = stage_times
         self._load_stats = load_stats
+        self._share = share
         self._timeout_s = timeout_s
+        self.num_exchanges = 0
         self.num_failovers = 0
         self.num_fallbacks = 0
 
@@ -158,9 +115,18 @@ class XcclTransport:
         if self._load_stats is not None:
             self._load_stats.record(layer_idx, handle.topk_ids)
         if route.has_experts:
-            instances = table.instances(layer_idx, handle.topk_ids)
+            instances = table.instances(layer_idx, self._others_ids(handle, route.num_experts))
             handle.experts = ExpertLeg(self._port, handle.hidden_states, instances, route, tag)
             self._post(handle.experts)
+
+    def _others_ids(self, handle: XcclHandle, num_experts: int) -> I32:
+        """[T, K] experts that are asked of others; -1 = computed here, or skipped."""
+        assert handle.topk_ids is not None, "an MoE layer routes"
+        is_own = None if self._share is None else self._share.choose(handle.topk_ids, num_experts)
+        if is_own is None:
+            return handle.topk_ids
+        handle.own_experts = OwnExperts(handle.topk_ids, is_own)
+        return handle.own_experts.others_ids
 
     def _compute(self, handle: XcclHandle) -> None:
         """Compute the modules that nobody else does, unless that is done already."""
@@ -168,7 +134,11 @@ class XcclTransport:
         if ffn is not None and handle.ffn is None and handle.shared is None:
             handle.shared = ffn(handle.hidden_states)
         experts = self._units.experts[handle.tag.layer_idx]
-        if experts is None or handle.experts is not None or handle.routed is not None:
+        if experts is None or handle.routed is not None:
+            return
+        if handle.experts is not None:
+            if handle.own_experts is not None:
+                handle.own_experts.compute(experts, handle.hidden_states)
             return
         assert handle.topk_ids is not None, "an MoE layer routes"
         assert handle.topk_weights is not None, "an MoE layer weighs"
@@ -190,14 +160,22 @@ class XcclTransport:
         """
         exchange = use_up(handle, XcclHandle)
         try:
+            self._learn(exchange)
             with self._times.measure(Stage.WAIT):
                 self._settle(exchange)
             with self._times.measure(Stage.OWN_MODULES):
                 self._compute(exchange)
             with self._times.measure(Stage.COMBINE):
-                return _add_up(exchange)
+                return exchange.add_up(self._units.experts[exchange.tag.layer_idx])
         finally:
+            self.num_exchanges += 1
             exchange.release()
+
+    def _learn(self, handle: XcclHandle) -> None:
+        """Whether the experts of others were slower than what was done here meanwhile."""
+        if self._share is not None and handle.experts is not None:
+            was_ready = handle.experts.exchange.is_done()
+            self._share.learn(len(handle.hidden_states), was_ready=was_ready)
 
     def _settle(self, handle: XcclHandle) -> None:
         """Return when every leg is answered or given up."""
@@ -221,6 +199,7 @@ class XcclTransport:
                 continue
             except XcclTimeout as late:
                 logger.error("%s: ranks %s do not answer", tag, late.ranks)
+                self._routes.avoid(late.ranks)
                 break
             if refused := leg.exchange.refused_ranks:
                 raise XcclError(f"{tag}: ranks {refused} refuse to compute it", tuple(refused))
@@ -247,17 +226,3 @@ class XcclTransport:
 
 def _tag(tag: StepTag, route: Route) -> Tag:
     return Tag(route.epoch, tag.step_idx, tag.layer_idx, tag.microbatch_idx)
-
-
-def _add_up(handle: XcclHandle) -> F32:
-    """[T, H]: shared plus routed, as a colocated layer adds them."""
-    shared, routed = handle.shared, handle.routed
-    if handle.ffn is not None:
-        shared = handle.ffn.rows()
-    if handle.experts is not None:
-        assert handle.topk_weights is not None, "an MoE layer routes"
-        routed = handle.experts.combine(handle.topk_weights)
-    if routed is None:
-        assert shared is not None, "a layer has a dense FFN or experts"
-        return shared if handle.ffn is None else shared.copy()
-    return routed if shared is None else shared + routed

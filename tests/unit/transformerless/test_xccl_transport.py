@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from tests.toys import toy_model
 from xdeepserve.errors import XcclError
 from xdeepserve.models.decoder import local_ffn
 from xdeepserve.models.moe import FfnCall
-from xdeepserve.ops import F32
+from xdeepserve.models.units import ExpertUnit
+from xdeepserve.ops import F32, Ops
 from xdeepserve.testing.toy_models import pseudo_random
+from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.module_server import ModuleServer
 from xdeepserve.transformerless.moe_transport import StepTag
+from xdeepserve.transformerless.partition import Partition
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
 from xdeepserve.transformerless.xccl_transport import XcclHandle, XcclTransport
 
@@ -121,8 +125,95 @@ def test_a_rank_that_lives_but_does_not_answer_is_given_up(world: ModuleThreads)
     silent = world.port(FIRST_EXPERT)
     transport._port.discover()
     silent.wait_linked([0], timeout_s=5.0)
+    expected = local_ffn(world.model, call)
+    for _ in range(3):
+        np.testing.assert_array_equal(exchange(transport, call), expected)
+    assert (transport.num_failovers, transport.num_fallbacks) == (0, 1), "it is not asked again"
+    assert transport.num_exchanges == 3
+    transport.close()
+
+
+class HangingUnits:
+    """Expert units of a server whose loop hangs in its first computation, until released."""
+
+    def __init__(self, units: Partition) -> None:
+        self.hangs, self.released = threading.Event(), threading.Event()
+        self.partition = replace(units, experts=tuple(map(self._wrap, units.experts)))
+
+    def _wrap(self, unit: ExpertUnit | None) -> ExpertUnit | None:
+        return None if unit is None else replace(unit, ops=HangingOps(unit.ops, self))
+
+
+class HangingOps:
+    """Operators whose expert computation does not return before it is released."""
+
+    def __init__(self, ops: Ops, units: HangingUnits) -> None:
+        self._ops = ops
+        self._units = units
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._ops, name)
+
+    def expert_mlp(self, *args: object) -> F32:
+        self._units.hangs.set()
+        assert self._units.released.wait(30.0)
+        return self._ops.expert_mlp(*args)  # type: ignore[arg-type]
+
+
+def test_a_loop_that_hangs_in_a_process_that_lives_is_gone_round(world: ModuleThreads) -> None:
+    stop(world, FIRST_EXPERT)
+    units = HangingUnits(world.units)
+    port = world.port(FIRST_EXPERT)
+    server = ModuleServer(port, units.partition, stage_times=StageTimes(), stuck_after_s=0.05)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(0.01):
+            server.beat()
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    transport, call = world.transport(frozen_after_s=0.2), make_call(world)
     np.testing.assert_array_equal(exchange(transport, call), local_ffn(world.model, call))
-    assert (transport.num_failovers, transport.num_fallbacks) == (0, 1)
+    assert units.hangs.is_set()
+    assert (transport.num_failovers, transport.num_fallbacks) == (1, 0)
+    units.released.set()
+    server.stop()
+    is_over.set()
+    for each in (thread, beating):
+        each.join()
+    transport.close()
+
+
+def test_the_asker_computes_some_experts_while_it_would_wait(world: ModuleThreads) -> None:
+    call = make_call(world, num_tokens=40)
+    share = ExpertShare()
+    transport = world.transport(share=share)
+    for _ in range(20):
+        share.learn(40, was_ready=False)
+    num_requests = sum(server.num_requests for server in world.servers.values())
+    handle = dispatch(transport, call)
+    assert handle.own_experts is not None
+    others = handle.own_experts.others_ids
+    assert 0 < np.count_nonzero(others < 0) < call.topk_ids.size / 2
+    np.testing.assert_array_equal(transport.combine(handle), local_ffn(world.model, call))
+    assert sum(server.num_requests for server in world.servers.values()) > num_requests
+    transport.close()
+
+
+def test_own_experts_survive_the_loss_of_the_others(world: ModuleThreads) -> None:
+    call = make_call(world, num_tokens=40)
+    share = ExpertShare()
+    for _ in range(40):
+        share.learn(40, was_ready=False)
+    transport = world.transport(share=share)
+    handle = dispatch(transport, call)
+    for rank in (FIRST_EXPERT, FIRST_EXPERT + 1):
+        stop(world, rank)
+    np.testing.assert_array_equal(transport.combine(handle), local_ffn(world.model, call))
+    np.testing.assert_array_equal(exchange(transport, call), local_ffn(world.model, call))
     transport.close()
 
 

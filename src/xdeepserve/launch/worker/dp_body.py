@@ -17,6 +17,7 @@ from xdeepserve.launch.worker.body import WorkerContext
 from xdeepserve.launch.worker.routing_feed import RoutingFeed
 from xdeepserve.messages import Heartbeat
 from xdeepserve.models.decoder import Model
+from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.stage_times import StageTimes
 from xdeepserve.transformerless.xccl_transport import XcclTransport
@@ -75,13 +76,14 @@ class DPBody:
         )
 
     def _connect(self, model: Model, feed: RoutingFeed) -> XcclTransport:
-        spec = self._context.spec
+        spec, limits = self._context.spec, self._context.service.deployment.limits
         transport = XcclTransport(
             port=feed.fabric.open_port(spec.name, spec.role, spec.rank),
             units=partition(model),
             routing=feed.routing,
             stage_times=self._times,
             load_stats=self._load_stats,
+            share=ExpertShare() if limits.share_experts else None,
         )
         if not transport.wait_complete(timeout_s=LINK_TIMEOUT_S):
             logger.warning("%s begins without some FFN or expert workers", spec.name)
@@ -92,11 +94,14 @@ class DPBody:
         return self._load_stats.report()
 
     def heartbeat(self) -> Heartbeat:
-        """Progress is counted in steps; a group without requests is idle."""
+        """Progress is counted in steps and exchanges; a group without requests is idle.
+
+        An exchange with a peer that does not answer ends in time, so no group is killed for it.
+        """
         assert self._group is not None, "heartbeats begin when start() has returned"
         load = self._group.load()
         return Heartbeat(
-            progress=load.num_steps,
+            progress=load.num_steps + self._num_exchanges(),
             is_idle=load.num_running + load.num_waiting == 0,
             load={
                 "running": load.num_running,
@@ -108,6 +113,9 @@ class DPBody:
             stage_s={stage.value: s for stage, s in self._times.seconds().items()},
             error=None if self._group.is_alive() else "the step loop ended or is stuck",
         )
+
+    def _num_exchanges(self) -> int:
+        return 0 if self._transport is None else self._transport.num_exchanges
 
     def _exchange_counts(self) -> dict[str, float]:
         """How often other ranks, or this process, took over for a lost one."""

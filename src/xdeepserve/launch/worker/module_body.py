@@ -53,7 +53,7 @@ class ModuleBody:
         self._beating = asyncio.create_task(self._beat(self._server))
 
     async def _beat(self, server: ModuleServer) -> None:
-        """Show life while the loop computes; a loop that hangs is the supervisor's affair."""
+        """Show that the loop lives while it computes; a stuck one is gone round, then killed."""
         while self._error is None:
             server.beat()
             await asyncio.sleep(BEAT_INTERVAL_S)
