@@ -175,14 +175,14 @@ def check_decoded_kv_equals_prefilled(make_group: GroupFactory, item: GenerateRe
 
 
 def check_preempted_equals_undisturbed(
-    make_group: GroupFactory, requests: Sequence[GenerateRequest]
+    make_group: GroupFactory, requests: Sequence[GenerateRequest], *, num_tokens: int = 20
 ) -> None:
-    """A pool so small that requests are preempted and computed again."""
+    """A pool so small that four requests of `num_tokens` are preempted and computed again."""
     short = [
         msgspec.structs.replace(
             item,
             prompt_token_ids=item.prompt_token_ids[:5],
-            params=msgspec.structs.replace(item.params, max_tokens=20, ignore_eos=True),
+            params=msgspec.structs.replace(item.params, max_tokens=num_tokens, ignore_eos=True),
         )
         for item in requests[:4]
     ]

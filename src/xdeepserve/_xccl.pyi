@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from xdeepserve.xccl.layout import Tag
+
 BLOB_BYTES: int
 FORWARD: int
+STALE_EPOCH: int
 
 _Array = npt.NDArray[Any]
 _F32 = npt.NDArray[np.float32]
@@ -28,33 +31,80 @@ class LayoutParams:
     @property
     def segment_bytes(self) -> int: ...
 
-class Incoming:
+class Batch:
+    """One request, to be answered exactly once by `reply`, `commit` or `refuse`."""
+
     @property
-    def source_rank(self) -> int: ...
+    def tag(self) -> Tag:
+        """Names the exchange."""
     @property
-    def source_incarnation(self) -> int: ...
+    def kind(self) -> int:
+        """The asker's number for what it wants; FORWARD for a trampoline."""
     @property
-    def seq(self) -> int: ...
+    def source_rank(self) -> int:
+        """The asker."""
     @property
-    def tag(self) -> _Tag: ...
+    def source_incarnation(self) -> int:
+        """The life of the asker that sent it."""
     @property
-    def kind(self) -> int: ...
+    def num_rows(self) -> int:
+        """Rows sent."""
     @property
-    def row_type(self) -> int: ...
+    def reply_rows(self) -> int:
+        """Rows the asker expects back; 0 where it does not say."""
     @property
-    def num_rows(self) -> int: ...
+    def meta(self) -> _I32:
+        """[num_meta] int32 view of the metadata."""
     @property
-    def row_bytes(self) -> int: ...
+    def pairs(self) -> _I32:
+        """[P, 2] view of (row, expert) of a routed request, sorted by expert."""
     @property
-    def num_meta(self) -> int: ...
+    def rows(self) -> _Array:
+        """[num_rows, width] view: float32, uint16 (bfloat16 bits), int8 or uint8."""
     @property
-    def reply_rows(self) -> int: ...
-    @property
-    def meta_offset(self) -> int: ...
-    @property
-    def scales_offset(self) -> int: ...
-    @property
-    def rows_offset(self) -> int: ...
+    def scales(self) -> _F32 | None:
+        """[num_rows] float32 view of int8 rows' scales; None for other rows."""
+    def reply(self, rows: _Array, scales: _F32 | None = None, quantize: bool = False) -> bool:
+        """Copies the answer to where the asker looks for it, and wakes the asker.
+
+        Args:
+            rows: [R, width] float32, uint16 (bfloat16 bits), int8 or uint8, C-contiguous.
+            scales: [R] float32, with int8 rows.
+            quantize: send float32 or bfloat16 rows as int8 with one scale each.
+
+        Returns:
+            False when the asker's life has ended, so that nobody waits.
+
+        Raises:
+            ValueError: larger than reply_bytes, or answered already.
+        """
+    def answer_buffer(self, num_rows: int, width: int) -> _F32 | None:
+        """[num_rows, width] float32 to compute the answer in place; then `commit`.
+
+        None when the asker's life has ended.
+        """
+    def commit(self, num_rows: int, width: int) -> bool:
+        """Publishes what was computed in `answer_buffer(num_rows, width)`; as `reply`."""
+    def refuse(self, detail: int = 0) -> bool:
+        """Answers that this rank does not serve what was asked; `detail` (u32) says why."""
+
+class EpGroup:
+    """A rank's place in an EP group. Owns early requests of later steps."""
+
+    def __init__(self, port: Port, ranks: Sequence[int]) -> None: ...
+    def post(
+        self,
+        exchange: Exchange,
+        topk_ids: _I32,
+        expert_rank: _I32,
+        tag: _Tag,
+        timeout_s: float,
+    ) -> None:
+        """`post_routed`, with a part for every rank; enters the epoch of the tag."""
+    def recv(self, tag: _Tag, timeout_s: float = 30.0) -> list[Batch]:
+        """Each rank's request of `tag`, in rank order. Raises PeerLost, XcclTimeout."""
+    def reply(self, batches: Sequence[Batch], rows: _Array) -> None:
+        """Answers each batch with its consecutive share of the rows."""
 
 class SendHandle:
     """A message under way. Dropping it unfinished gives the message up."""
@@ -148,17 +198,12 @@ class Port:
         self, offset: int, at_least: int, timeout_s: float = 30.0, owed: Sequence[int] = ()
     ) -> int:
         """Until the u64 in the own window is >= at_least; its value. `owed`: whose loss ends it."""
-    def poll_requests(self, timeout_s: float, max_requests: int) -> list[Incoming]: ...
-    def reply_rows(
-        self, request: Incoming, rows: _Array, scales: _F32 | None = None, quantize: bool = False
-    ) -> bool: ...
-    def reply_place(
-        self, request: Incoming, num_rows: int, row_bytes: int, row_type: int
-    ) -> tuple[int, int] | None: ...
-    def commit_reply(
-        self, request: Incoming, num_rows: int, row_bytes: int, row_type: int
-    ) -> bool: ...
-    def refuse_request(self, request: Incoming, detail: int) -> bool: ...
+    def poll(self, timeout_s: float = 0.0, max_requests: int = 64) -> list[Batch]:
+        """Whatever has arrived from any rank, oldest first per rank; [] at the deadline.
+
+        Sleeps until a request of anybody comes. Requests that their asker has given up are
+        answered on the way and not returned.
+        """
     def wait_any(
         self, exchanges: Sequence[Exchange], timeout_s: float, or_requests: bool = False
     ) -> bool:
@@ -189,6 +234,15 @@ class Exchange:
         kind: int,
         also: Sequence[int],
     ) -> None: ...
+    def post_routed(
+        self,
+        topk_ids: _I32,
+        expert_rank: _I32,
+        tag: _Tag,
+        kind: int,
+        timeout_s: float,
+    ) -> None:
+        """`add_routed` of ids [T, K], then `post`."""
     def reroute(self, ranks: Sequence[int], expert_rank: _I32, tag: _Tag) -> bool:
         """Plans the unanswered pairs of `ranks` anew, under a tag of a higher epoch.
 
@@ -205,12 +259,14 @@ class Exchange:
     def missing(self) -> list[int]:
         """Ranks that have not answered."""
     def part_states(self) -> list[tuple[int, int, int]]: ...
-    def reply_of(self, index: int) -> tuple[int, int, int, int, int, int] | None: ...
-    def slots_of(self, index: int) -> list[int]: ...
+    def reply_views(self) -> list[tuple[int, list[int], _Array, _F32 | None]]:
+        """(rank, slots, rows, scales) of each answer so far; views in place."""
     def gather(self, out: _F32) -> None:
         """out [T*K, H]: row t*K + k = the answer to pair (t, k); rows of id -1 stay."""
     def combine(self, topk_weights: _F32, out: _F32) -> None:
         """out [T, H] = sum over k ascending of topk_weights[t, k] * answer, from 0."""
+    def wait_combine(self, topk_weights: _F32, out: _F32, timeout_s: float) -> None:
+        """`wait`, then `combine`."""
     def release(self) -> None:
         """Gives up what is outstanding and frees the slots. Idempotent."""
 

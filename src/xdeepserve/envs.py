@@ -42,6 +42,10 @@ class Env(Generic[T]):
         except ValueError as exc:
             raise ConfigError(f"environment variable {self.name}={raw!r}: {exc}") from exc
 
+    def export(self, value: str) -> None:
+        """Set the variable for this process and those that it starts."""
+        self._write(value)
+
     @contextmanager
     def override(self, value: str | None) -> Iterator[None]:
         """Set (or, with None, unset) the variable inside a `with` block."""
@@ -115,6 +119,18 @@ LOG_LEVEL: Env[str] = Env(
     "info",
     "Level of the server's log on stderr.",
 )
+LOG_FORMAT: Env[str] = Env(
+    "XDEEPSERVE_LOG_FORMAT",
+    _one_of("text", "json"),
+    "text",
+    "Format of the server's log on stderr: text, or one JSON object a line.",
+)
+XCCL_TRACE: Env[str] = Env(
+    "XDEEPSERVE_XCCL_TRACE",
+    _one_of("off", "on"),
+    "off",
+    "Whether transfers between workers carry their times, for `xds xccl trace`.",
+)
 
 ALL: tuple[Env[Path] | Env[str] | Env[int | None], ...] = (
     HOME,
@@ -122,4 +138,6 @@ ALL: tuple[Env[Path] | Env[str] | Env[int | None], ...] = (
     ISA,
     NUM_THREADS,
     LOG_LEVEL,
+    LOG_FORMAT,
+    XCCL_TRACE,
 )

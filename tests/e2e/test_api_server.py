@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -117,7 +118,8 @@ def test_url_of_both_families() -> None:
             assert url_of(six) == f"http://[::1]:{six.getsockname()[1]}"
 
 
-async def test_first_signal_drains_running_streams() -> None:
+async def test_first_signal_drains_running_streams(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="xdeepserve.maas.server")
     engine = ReplayEngine(steps_of("x" * 60, step=1))
     async with _running(engine) as running, _connect(running.port) as stream:
         stream.post("/v1/completions", STREAM)
@@ -131,6 +133,7 @@ async def test_first_signal_drains_running_streams() -> None:
             late.post("/v1/completions", STREAM)
             assert await late.status() == 503
         assert not running.task.done()
+        assert "draining 1 request, at most 30 s; Ctrl-C again to stop now" in caplog.messages
         engine.gate.set()
         assert (await stream.rest()).rstrip().endswith(b"data: [DONE]\n\n\r\n0")
         await running.task
@@ -156,12 +159,14 @@ async def test_what_does_not_finish_is_aborted_with_an_error(how: str) -> None:
         assert engine.aborted == engine.closed == [engine.requests[0].request_id]
 
 
-async def test_idle_server_stops_at_once() -> None:
+async def test_idle_server_stops_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="xdeepserve.maas.server")
     engine = ReplayEngine()
     async with _running(engine) as running:
         running.server.stop()
         await running.task
         assert engine.is_closed
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("stream", [True, False])

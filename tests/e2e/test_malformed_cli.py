@@ -179,6 +179,7 @@ def test_bad_flags(arguments: list[str], part: str, capsys: pytest.CaptureFixtur
         ("XDEEPSERVE_NUM_THREADS", "-2"),
         ("XDEEPSERVE_NUM_THREADS", "9999"),
         ("XDEEPSERVE_LOG_LEVEL", "loud"),
+        ("XDEEPSERVE_LOG_FORMAT", "xml"),
     ],
 )
 def test_bad_environment(
@@ -197,6 +198,17 @@ def test_kv_pool_larger_than_memory(tmp_path: Path, capsys: pytest.CaptureFixtur
     arguments = ["generate", folder, "--prompt", "hi", "--num-kv-blocks", str(10**11)]
     byte_backend().save(f"{folder}/tokenizer.json")
     _expect_one_line(arguments, capsys, "num_kv_blocks")
+
+
+def test_steps_that_workers_cannot_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("xdeepserve.launch.serve_cluster.setproctitle", lambda title: None)
+    monkeypatch.setenv("XDEEPSERVE_RUN_DIR", str(tmp_path))
+    arguments = ["serve", str(_toy_folder(tmp_path / "m")), "--port", "0", "--ffn", "1"]
+    arguments += ["--max-num-batched-tokens", str(10**9)]
+    _expect_one_line(arguments, capsys, "lower limits.max_num_batched_tokens=1000000000")
+    assert [path.name for path in tmp_path.glob("*xds-*")] == [], "no run was begun"
 
 
 def test_no_home_folder(

@@ -1,7 +1,7 @@
-"""200 concurrent streams of mixed lengths, a third cancelled at random, three rounds.
+"""Many concurrent streams of mixed lengths, a third cancelled at random, round after round.
 
 Every survivor's text equals its solo run, the free KV blocks return to the starting count, and
-memory stays flat from round to round.
+memory stays flat from round to round. The default run takes a small load, `-m soak` 200 streams.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import urllib.request
+from typing import NamedTuple
 
 import pytest
 from openai import AsyncOpenAI
@@ -19,11 +20,27 @@ from xdeepserve.launch.server_process import ServerProcess
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
-NUM_STREAMS = 200
-NUM_ROUNDS = 3
+
+class Load(NamedTuple):
+    """How much is asked of the server at once.
+
+    Attributes:
+        num_streams: several times max_num_seqs, so that most of them have to queue.
+    """
+
+    num_streams: int
+    num_rounds: int
+    max_num_seqs: int
+
+    def __str__(self) -> str:
+        return f"{self.num_streams} streams, {self.num_rounds} rounds"
 
 
-def _jobs() -> list[dict[str, object]]:
+SHORT = Load(num_streams=48, num_rounds=2, max_num_seqs=12)
+LONG = Load(num_streams=200, num_rounds=3, max_num_seqs=48)
+
+
+def _jobs(count: int) -> list[dict[str, object]]:
     rng = random.Random(11)
     words = [
         "river",
@@ -46,7 +63,7 @@ def _jobs() -> list[dict[str, object]]:
             "seed": index,
             "extra_body": {"ignore_eos": True},
         }
-        for index in range(NUM_STREAMS)
+        for index in range(count)
     ]
 
 
@@ -63,7 +80,7 @@ async def _text(client: AsyncOpenAI, job: dict[str, object], *, cancel_after: in
 
 async def _round(client: AsyncOpenAI, solo: list[str], rng: random.Random) -> int:
     """Run all streams at once; returns how many were cancelled."""
-    jobs = _jobs()
+    jobs = _jobs(len(solo))
     cancels = [rng.randint(1, 6) if rng.random() < 1 / 3 else 0 for _ in jobs]
     texts = await asyncio.gather(
         *(
@@ -101,19 +118,20 @@ async def _idle(server: ServerProcess) -> None:
 
 
 @pytest.mark.timeout(900)
-async def test_200_streams_a_third_cancelled_three_rounds() -> None:
-    arguments = ("--dtype", "int8", "--num-kv-blocks", "1200", "--max-num-seqs", "48")
-    with ServerProcess(MODEL, *arguments) as server:
+@pytest.mark.parametrize("load", [SHORT, pytest.param(LONG, marks=pytest.mark.soak)], ids=str)
+async def test_a_third_of_the_streams_is_cancelled(load: Load) -> None:
+    arguments = ("--dtype", "int8", "--num-kv-blocks", "1200")
+    with ServerProcess(MODEL, *arguments, "--max-num-seqs", str(load.max_num_seqs)) as server:
         async with AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300
         ) as client:
-            solo = [await _text(client, job) for job in _jobs()]
+            solo = [await _text(client, job) for job in _jobs(load.num_streams)]
             await _idle(server)
             usage_before = _metric(server, "xdeepserve:kv_cache_usage_perc")
             rng = random.Random(5)
             resident = []
-            for _ in range(NUM_ROUNDS):
-                assert await _round(client, solo, rng) > NUM_STREAMS // 5
+            for _ in range(load.num_rounds):
+                assert await _round(client, solo, rng) > load.num_streams // 5
                 await _idle(server)
                 assert _metric(server, "xdeepserve:kv_cache_usage_perc") == usage_before == 0
                 resident.append(_resident_bytes(server.pid))

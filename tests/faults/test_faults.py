@@ -14,7 +14,7 @@ QUICK = {"expert-spare", "group-spare"}
 """The others are run with the soak tests; supervisor and scaling have quick tests of their own."""
 
 ARGUMENTS = argparse.Namespace(
-    model="smollm2-135m-moe8", times=2, streams=4, tokens=16, undisturbed=1, show_log=False
+    model="smollm2-135m-moe8", times=2, streams=4, tokens=16, undisturbed=0, show_log=False
 )
 
 pytestmark = [pytest.mark.weights, pytest.mark.slow]

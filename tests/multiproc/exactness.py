@@ -67,18 +67,19 @@ CANCELLED = frozenset(f"r{idx}" for idx in (*ABORTED_AFTER, *LEFT_AFTER))
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Workers by role, and into how many microbatches a step is cut."""
+    """Workers by role, into how many microbatches a step is cut, and who computes experts."""
 
     attention: int
     ffn: int = 0
     expert: int = 0
     replicas: int = 0
     num_microbatches: int = 1
+    share_experts: bool = False
 
     def __str__(self) -> str:
         counts = (("A", self.attention), ("F", self.ffn), ("E", self.expert), ("R", self.replicas))
         roles = "".join(f"{count}{letter}" for letter, count in counts if count)
-        return f"{roles}-{self.num_microbatches}mb"
+        return f"{roles}-{self.num_microbatches}mb{'-share' if self.share_experts else ''}"
 
     def roles(self) -> RolesSpec:
         """As a deployment says it."""
@@ -186,7 +187,14 @@ def check_equal(
 class Serving:
     """A running service that was taken apart."""
 
-    def __init__(self, cluster: Cluster, router: RouterEngine, loaded: LoadedModel) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        router: RouterEngine,
+        loaded: LoadedModel,
+        *,
+        share_experts: bool,
+    ) -> None:
         self.router = router
         self.run = cluster.run
         self._cluster = cluster
@@ -194,7 +202,8 @@ class Serving:
         num_moe_layers = sum(unit is not None for unit in units.experts)
         self._rows_per_token = {
             "ffn": sum(unit is not None for unit in units.ffn),
-            "expert": 0 if moe is None else num_moe_layers * moe.gate.top_k,
+            # Of experts that are shared, the attention workers may have done the most.
+            "expert": 0 if moe is None or share_experts else num_moe_layers * moe.gate.top_k,
         }
 
     async def check(
@@ -259,7 +268,11 @@ def make_service(loaded: LoadedModel, dtype: str, topology: Topology) -> Service
         model=loaded.name,
         precision=ModelConfig(dtype=dtype),
         roles=topology.roles(),
-        limits=replace(LIMITS, num_microbatches=topology.num_microbatches),
+        limits=replace(
+            LIMITS,
+            num_microbatches=topology.num_microbatches,
+            share_experts=topology.share_experts,
+        ),
         supervision=replace(SUPERVISION, start_timeout_s=60.0, busy_timeout_s=60.0),
     )
     shape = shape_of(loaded)
@@ -283,7 +296,7 @@ async def serving(model: str, dtype: str, topology: Topology) -> AsyncIterator[S
         run_id = cluster.run.run_id
         try:
             await cluster.start(timeout_s=DEADLINE_S)
-            yield Serving(cluster, members.router, loaded)
+            yield Serving(cluster, members.router, loaded, share_experts=topology.share_experts)
             await members.router.close(drain_timeout_s=0.0)
         finally:
             await cluster.stop(drain_timeout_s=1.0)

@@ -17,6 +17,7 @@ from tests.multiproc.cluster_harness import DEADLINE_S, pids_of, run_folder, run
 from xdeepserve.errors import ConfigError, EngineDeadError
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import SHM_FOLDER, RunDirectory, clean_dead_runs, dead_runs
+from xdeepserve.launch.service import ServiceConfig
 from xdeepserve.launch.supervisor.messages import Membership, WorkerState
 
 
@@ -35,6 +36,11 @@ def is_settled(*names: str) -> Callable[[Membership], bool]:
         )
 
     return check
+
+
+def expert_ranks(membership: Membership) -> tuple[int, ...]:
+    assert membership.placement is not None
+    return membership.placement.expert
 
 
 async def test_start_title_stop() -> None:
@@ -192,21 +198,77 @@ async def test_scale_refuses_nonsense() -> None:
 
 
 async def test_crash_loop_ends_in_failed_until_scaled() -> None:
-    async with running_cluster(attention=1, expert=1) as running:
+    async with running_cluster(attention=1, expert=2) as running:
         order = running.order("expert0", "crash")
         running.kill("expert0")
+        await running.until(is_in("expert0", WorkerState.BACKOFF, 2))
+        assert expert_ranks(running.membership) == (0, 1)
         await running.until(is_in("expert0", WorkerState.FAILED, 3))
-        assert running.member("expert0").reason == "ended with code 1"
+        assert running.member("expert0").reason == (
+            "ended with code 1: expert0 was told to crash; gives up after 3 crashes"
+        )
         assert running.member("dp0").state is WorkerState.READY
+        assert expert_ranks(running.membership) == (1,)
+        assert (await running.cluster.status()).num_dropped == 1
+        order.unlink()
+        scaled = await running.cluster.scale({"expert": 2})
+        assert {member.state for member in scaled.members} & {WorkerState.FAILED} == set()
+        await running.until(is_in("expert0", WorkerState.READY, 4))
+        assert expert_ranks(running.membership) == (0, 1)
+
+
+async def test_a_wrong_configuration_is_not_tried_again() -> None:
+    async with running_cluster(attention=1, expert=1) as running:
+        order = running.order("expert0", "misfit")
+        running.kill("expert0")
+        await running.until(is_in("expert0", WorkerState.FAILED, 2))
+        assert running.member("expert0").reason == (
+            "ended with code 2: expert0 was told to misfit; gives up, as it would end so again"
+        )
+        assert expert_ranks(running.membership) == ()
         order.unlink()
         await running.cluster.scale({"expert": 1})
-        await running.until(is_in("expert0", WorkerState.READY, 4))
+        await running.until(is_in("expert0", WorkerState.READY, 3))
+        assert expert_ranks(running.membership) == (0,)
 
 
-async def test_start_fails_when_a_worker_does_not_start() -> None:
-    with pytest.raises(EngineDeadError, match="dp0 does not start: ended with code 1"):
-        async with running_cluster(attention=1, orders=["dp0.crash"]):
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        ("crash", "ended with code 1: dp0 was told to crash; gives up after 3 crashes"),
+        ("misfit", "ended with code 2: dp0 was told to misfit; gives up"),
+    ],
+)
+async def test_start_fails_when_a_worker_does_not_start(order: str, reason: str) -> None:
+    with pytest.raises(EngineDeadError, match=f"dp0 does not start: {reason}"):
+        async with running_cluster(attention=1, orders=[f"dp0.{order}"]):
             pass
+
+
+async def test_the_gateway_knows_why_its_supervisor_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def save_nothing(service: ServiceConfig, run: RunDirectory) -> None:
+        run.service_path.write_bytes(b"{}")
+
+    monkeypatch.setattr(ServiceConfig, "save", save_nothing)
+    with pytest.raises(EngineDeadError, match=r"does not start: .*service\.json cannot be read"):
+        async with running_cluster(attention=1):
+            pass
+
+
+async def test_calls_outlive_a_frozen_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xdeepserve.launch.cluster.PING_INTERVAL_S", 0.05)
+    monkeypatch.setattr("xdeepserve.launch.cluster.PING_TIMEOUT_S", 0.3)
+    async with running_cluster(attention=1, expert=1) as running:
+        for _ in range(2):
+            frozen = running.cluster.supervisor_pid
+            os.kill(frozen, signal.SIGSTOP)
+            status = await running.cluster.status()
+            assert status.supervisor.pid != frozen
+        os.kill(running.cluster.supervisor_pid, signal.SIGSTOP)
+        await running.cluster.scale({"expert": 2})
+        await running.until(is_settled("dp0", "expert0", "expert1"))
 
 
 def start_gateway(

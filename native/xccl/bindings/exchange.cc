@@ -34,12 +34,18 @@ bool wait_any(Port& port, const std::vector<PyExchange*>& exchanges, double time
 
 void bind_exchange(nb::module_& m, nb::class_<Port>& port) {
   nb::class_<PyExchange>(m, "Exchange")
-      .def(nb::init<nb::object, const RowArray&, const std::optional<ScaleArray>&, bool>(),
+      .def(nb::init<nb::object, nb::handle, nb::handle, bool>(),
            "port"_a, "rows"_a, "scales"_a.none() = nb::none(), "quantize"_a = false)
       .def("add_rows", &PyExchange::add_rows, "rank"_a, "tag"_a, "kind"_a,
            "row_idx"_a.none() = nb::none(), "meta"_a.none() = nb::none(), "reply_rows"_a = 0)
       .def("add_routed", &PyExchange::add_routed, "experts"_a, "top_k"_a, "pair_rows"_a.none(),
            "expert_rank"_a, "tag"_a, "kind"_a, "also"_a)
+      .def("post_routed",
+           [](PyExchange& self, nb::handle topk_ids, nb::handle expert_rank, const TagTuple& tag,
+              uint16_t kind, double timeout_s) {
+             self.post_routed(topk_ids, expert_rank, tag, kind, {}, timeout_s);
+           },
+           "topk_ids"_a, "expert_rank"_a, "tag"_a, "kind"_a, "timeout_s"_a)
       .def("reroute", &PyExchange::reroute, "ranks"_a, "expert_rank"_a, "tag"_a)
       .def("resend", &PyExchange::resend, "from_rank"_a, "to"_a, "tag"_a)
       .def("post", &PyExchange::post, "timeout_s"_a)
@@ -47,10 +53,10 @@ void bind_exchange(nb::module_& m, nb::class_<Port>& port) {
       .def("wait", &PyExchange::wait, "timeout_s"_a)
       .def("missing", &PyExchange::missing)
       .def("part_states", &PyExchange::part_states)
-      .def("reply_of", &PyExchange::reply_of, "index"_a)
-      .def("slots_of", &PyExchange::slots_of, "index"_a)
+      .def("reply_views", &PyExchange::reply_views)
       .def("gather", &PyExchange::gather, "out"_a)
       .def("combine", &PyExchange::combine, "topk_weights"_a, "out"_a)
+      .def("wait_combine", &PyExchange::wait_combine, "topk_weights"_a, "out"_a, "timeout_s"_a)
       .def("release", &PyExchange::release);
   port.def("wait_any", &wait_any, "exchanges"_a, "timeout_s"_a, "or_requests"_a = false)
       .def("num_open_slots", [](Port& p, uint32_t rank) {

@@ -46,21 +46,15 @@ void attach(Port& port, const nb::bytes& blob) {
   checked([&] { port.attach(Segment::open(to_array(blob))); });
 }
 
-nb::capsule keep(const std::shared_ptr<Segment>& segment) {
-  return nb::capsule(new std::shared_ptr<Segment>(segment), [](void* p) noexcept {
-    delete static_cast<std::shared_ptr<Segment>*>(p);
-  });
-}
-
 ConstByteView peer_bytes(Port& port, uint32_t rank) {
   if (!port.core.is_attached(rank)) raise_status(Status::kBadRank, "segment of a rank");
   const auto& segment = port.core.peer(rank).segment;
-  return ConstByteView(segment->base(), {segment->size()}, keep(segment));
+  return ConstByteView(segment->base(), {segment->size()}, port.keeper(rank));
 }
 
 ByteView own_bytes(Port& port) {
   const auto& segment = port.core.own_segment();
-  return ByteView(segment->base(), {segment->size()}, keep(segment));
+  return ByteView(segment->base(), {segment->size()}, port.own_keeper());
 }
 
 // (state, pid, incarnation, seconds of observed silence)
@@ -184,8 +178,9 @@ NB_MODULE(_xccl, m) {
       .def_prop_ro("window_offset", [](Port& p) { return p.core.layout().window; });
   bind_p2p(m, port);
   bind_window(port);
-  bind_rows(m, port);
+  bind_batch(m, port);
   bind_exchange(m, port);
+  bind_ep_group(m);
   bind_ceiling(m);
   m.def("read_blob", [](const std::string& run_id, const std::string& name) {
     return checked([&] { return to_bytes(Segment::read_blob(run_id, name)); });

@@ -16,6 +16,29 @@ void Port::attach(std::shared_ptr<Segment> segment) {
   server.reset(theirs.rank);
 }
 
+namespace {
+
+nb::object keep(const std::shared_ptr<Segment>& segment) {
+  return nb::capsule(new std::shared_ptr<Segment>(segment), [](void* p) noexcept {
+    delete static_cast<std::shared_ptr<Segment>*>(p);
+  });
+}
+
+}  // namespace
+
+nb::handle Port::keeper(uint32_t rank) {
+  const Peer& peer = core.peer(rank);
+  keepers_.resize(core.params().max_ranks);
+  Keeper& keeper = keepers_[rank];
+  if (keeper.incarnation != peer.incarnation) keeper = {peer.incarnation, keep(peer.segment)};
+  return keeper.object;
+}
+
+nb::handle Port::own_keeper() {
+  if (!own_keeper_.is_valid()) own_keeper_ = keep(core.own_segment());
+  return own_keeper_;
+}
+
 void raise_error(const char* name, const std::string& message, const Ranks& ranks) {
   const nb::object type = nb::module_::import_("xdeepserve.errors").attr(name);
   const nb::object error = type(message, nb::tuple(nb::cast(ranks)));

@@ -36,6 +36,9 @@ struct Port {
         server(core, trace) {}
 
   void attach(std::shared_ptr<Segment> segment);
+  // Python objects that keep a segment mapped while views of it live: an attached peer's, our own.
+  nb::handle keeper(uint32_t rank);
+  nb::handle own_keeper();
 
   Trace trace;
   Core core;
@@ -45,6 +48,14 @@ struct Port {
   Server server;
   std::vector<std::unique_ptr<Exchange>> idle_exchanges;  // keep their buffers
   std::atomic_flag is_busy = ATOMIC_FLAG_INIT;
+
+ private:
+  struct Keeper {
+    uint64_t incarnation = 0;
+    nb::object object;
+  };
+  std::vector<Keeper> keepers_;
+  nb::object own_keeper_;
 };
 
 using Ranks = std::vector<uint32_t>;
@@ -110,7 +121,8 @@ Ranks lost_among(Port& port, std::span<const uint32_t> ranks);
 void bind_p2p(nb::module_& m, nb::class_<Port>& port);
 void bind_ceiling(nb::module_& m);
 void bind_window(nb::class_<Port>& port);
-void bind_rows(nb::module_& m, nb::class_<Port>& port);
+void bind_batch(nb::module_& m, nb::class_<Port>& port);
 void bind_exchange(nb::module_& m, nb::class_<Port>& port);
+void bind_ep_group(nb::module_& m);
 
 }  // namespace xds::xccl

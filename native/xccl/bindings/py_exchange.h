@@ -10,10 +10,12 @@ namespace xds::xccl {
 // Keeps alive what the exchange points into until it is released.
 class PyExchange {
  public:
-  PyExchange(nb::object port, const RowArray& rows, const std::optional<ScaleArray>& scales,
-             bool quantize)
-      : owner_(std::move(port)), port_(nb::cast<Port&>(owner_)), rows_(rows), scales_(scales) {
-    const RowSource source = row_source(rows, scales, quantize);
+  PyExchange(nb::object port, nb::handle rows, nb::handle scales, bool quantize)
+      : owner_(std::move(port)),
+        port_(nb::cast<Port&>(owner_)),
+        rows_(rows, "rows", 2, kRowItems),
+        scales_(scales_view(scales)) {
+    const RowSource source = row_source(rows_, scales_, quantize);
     Turn turn(port_);
     if (port_.idle_exchanges.empty()) {
       exchange_ = std::make_unique<Exchange>(port_.core, port_.asker);
@@ -27,46 +29,47 @@ class PyExchange {
     if (exchange_) give_back();
   }
 
-  void add_rows(uint32_t rank, const TagTuple& tag, uint16_t kind,
-                const std::optional<IntArray>& row_idx, const std::optional<IntArray>& meta,
-                uint32_t reply_rows) {
+  void add_rows(uint32_t rank, const TagTuple& tag, uint16_t kind, nb::handle row_idx,
+                nb::handle meta, uint32_t reply_rows) {
     Turn turn(port_);
     check_rank(rank);
-    const auto rows = row_idx ? span_of(*row_idx) : std::span<const int32_t>();
+    const ArrayView rows = row_idx.is_none() ? ArrayView() : ArrayView(row_idx, "row_idx", 1, kInts);
+    const ArrayView words = meta.is_none() ? ArrayView() : ArrayView(meta, "meta", 1, kInts);
+    const auto idx = rows.is_held() ? rows.ints() : std::span<const int32_t>();
     const auto num_rows = static_cast<int64_t>(rows_.shape(0));
-    for (const int32_t row : rows) {
+    for (const int32_t row : idx) {
       if (row >= 0 && row < num_rows) continue;
       throw nb::value_error("row_idx names a row outside of rows");
     }
-    get().add_rows(rank, to_tag(tag), kind, rows,
-                   meta ? span_of(*meta) : std::span<const int32_t>(), reply_rows);
+    get().add_rows(rank, to_tag(tag), kind, idx,
+                   words.is_held() ? words.ints() : std::span<const int32_t>(), reply_rows);
   }
 
   // topk_ids is [T, K] flattened; with pair_rows, pair i is (pair_rows[i], topk_ids[i]).
-  void add_routed(const IntArray& experts, uint32_t top_k, const std::optional<IntArray>& pair_rows,
-                  const IntArray& expert_rank, const TagTuple& tag, uint16_t kind,
-                  const Ranks& also) {
+  void add_routed(nb::handle experts, uint32_t top_k, nb::handle pair_rows, nb::handle expert_rank,
+                  const TagTuple& tag, uint16_t kind, const Ranks& also) {
     Turn turn(port_);
-    for (const uint32_t rank : also) check_rank(rank);
-    if (experts.shape(0) > INT32_MAX || top_k == 0) throw nb::value_error("too many pairs");
-    if (pair_rows && pair_rows->shape(0) != experts.shape(0)) {
-      throw nb::value_error("pair_rows must have one entry per pair");
-    }
-    if (routed_) throw nb::value_error("an exchange is routed once; make another");
-    Pairs pairs{.experts = experts.data(),
-                .rows = pair_rows ? pair_rows->data() : nullptr,
-                .num_slots = static_cast<uint32_t>(experts.shape(0)),
-                .top_k = top_k};
-    if (!get().add_routed(pairs, span_of(expert_rank), to_tag(tag), kind, also)) raise_routing();
-    experts_ = experts;
-    pair_rows_ = pair_rows;
-    routed_ = true;
+    ArrayView rows = pair_rows.is_none() ? ArrayView() : ArrayView(pair_rows, "pair_rows", 1, kInts);
+    route({experts, "experts", 1, kInts}, top_k, std::move(rows),
+          {expert_rank, "expert_rank", 1, kInts}, to_tag(tag), kind, also);
   }
 
-  bool reroute(const Ranks& ranks, const IntArray& expert_rank, const TagTuple& tag) {
+  // add_routed of [T, K] ids, then post: one call where a step makes many.
+  void post_routed(nb::handle topk_ids, nb::handle expert_rank, const TagTuple& tag, uint16_t kind,
+                   std::span<const uint32_t> also, double timeout_s) {
     Turn turn(port_);
+    ArrayView ids(topk_ids, "topk_ids", 2, kInts);
+    const auto top_k = static_cast<uint32_t>(ids.shape(1));
+    route(std::move(ids), top_k, {}, {expert_rank, "expert_rank", 1, kInts}, to_tag(tag), kind,
+          also);
+    post_planned(timeout_s);
+  }
+
+  bool reroute(const Ranks& ranks, nb::handle expert_rank, const TagTuple& tag) {
+    Turn turn(port_);
+    const ArrayView owners(expert_rank, "expert_rank", 1, kInts);
     const size_t before = get().parts().size();
-    if (!get().reroute(ranks, span_of(expert_rank), to_tag(tag))) raise_routing();
+    if (!get().reroute(ranks, owners.ints(), to_tag(tag))) raise_routing();
     return get().parts().size() > before;
   }
   bool resend(uint32_t from, uint32_t to, const TagTuple& tag) {
@@ -78,21 +81,7 @@ class PyExchange {
   // Posts what is planned; waits while slots are not free.
   void post(double timeout_s) {
     Turn turn(port_);
-    Exchange& exchange = get();
-    Status posted = Status::kPending;
-    const auto ready = [&] {
-      port_.p2p.push_all();
-      posted = exchange.post();
-      return posted != Status::kPending;
-    };
-    if (!ready()) {
-      const uint32_t rank = exchange.blocking_rank();
-      const Status status = wait_released(
-          port_, ready, timeout_s, [&rank] { return std::span<const uint32_t>(&rank, 1); });
-      if (status != Status::kOk) raise_wait(status);
-    }
-    port_.core.beat(now_ns());
-    raise_post(posted);
+    post_planned(timeout_s);
   }
 
   bool is_done() {
@@ -102,15 +91,7 @@ class PyExchange {
 
   void wait(double timeout_s) {
     Turn turn(port_);
-    Exchange& exchange = get();
-    const auto ready = [&] {
-      port_.p2p.push_all();
-      return advance(exchange) || exchange.has_lost();
-    };
-    const Status status =
-        wait_released(port_, ready, timeout_s, [&] { return exchange.owing(); });
-    if (status != Status::kOk && !advance(exchange)) raise_wait(status);
-    if (exchange.has_lost()) raise_lost("wait for answers", lost_ranks());
+    wait_answered(timeout_s);
   }
 
   // For waits over several exchanges.
@@ -134,54 +115,38 @@ class PyExchange {
     return states;
   }
 
-  // (rank, row type, rows, bytes per row, offset of scales, offset of rows) of an answered part.
-  using ReplyTuple = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t, uint64_t, uint64_t>;
-  std::optional<ReplyTuple> reply_of(size_t index) {
-    const std::vector<Part>& parts = get().parts();
-    if (index >= parts.size() || parts[index].state != PartState::kAnswered) return std::nullopt;
-    const Part& part = parts[index];
-    if (port_.core.peer(part.rank).incarnation != part.incarnation) return std::nullopt;
-    const ReplyHeader& reply = *part.reply;
-    const RowPlaces places(0, reply.num_rows, reply.row_bytes,
-                           static_cast<RowType>(reply.row_type));
-    const uint64_t base =
-        port_.core.peer(part.rank).segment->reply_offset(port_.core.rank(), part.seq);
-    return ReplyTuple{part.rank,       reply.row_type,       reply.num_rows,
-                      reply.row_bytes, base + places.scales, base + places.rows};
-  }
-  std::vector<int32_t> slots_of(size_t index) {
-    if (index >= get().parts().size()) throw nb::index_error("no such part");
-    const auto slots = get().pair_slots(get().parts()[index]);
-    return {slots.begin(), slots.end()};
+  // (rank, slots, rows, scales or None) of each answered part; views in place.
+  std::vector<nb::tuple> reply_views() {
+    std::vector<nb::tuple> replies;
+    for (const Part& part : get().parts()) {
+      const bool is_same_life = port_.core.is_attached(part.rank) &&
+                                port_.core.peer(part.rank).incarnation == part.incarnation;
+      if (part.state == PartState::kAnswered && is_same_life) replies.push_back(view_of(part));
+    }
+    return replies;
   }
 
-  using Out = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-  using Weights = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-  void gather(const Out& out) {
+  void gather(nb::handle out_array) {
     Turn turn(port_);
-    if (!routed_ || out.shape(0) != experts_->shape(0)) {
+    const ArrayView out(out_array, "out", 2, kFloats, ArrayView::Use::kWrite);
+    if (!is_routed() || out.shape(0) != experts_.size()) {
       throw nb::value_error("out must have one row per (token, expert) slot of a routed exchange");
     }
     Status status;
     {
       nb::gil_scoped_release release;
-      status = get().gather(out.data(), static_cast<uint32_t>(out.shape(1)));
+      status = get().gather(out.data<float>(), static_cast<uint32_t>(out.shape(1)));
     }
     raise_combine(status);
   }
-  void combine(const Weights& weights, const Out& out) {
+  void combine(nb::handle topk_weights, nb::handle out) {
     Turn turn(port_);
-    if (!routed_ || weights.size() != experts_->shape(0) || weights.shape(0) != out.shape(0)) {
-      throw nb::value_error("topk_weights must be [T, K] as topk_ids, and out [T, H]");
-    }
-    Status status;
-    {
-      nb::gil_scoped_release release;
-      status = get().combine(weights.data(), out.data(), static_cast<uint32_t>(out.shape(0)),
-                             static_cast<uint32_t>(out.shape(1)));
-    }
-    raise_combine(status);
+    add_up(topk_weights, out);
+  }
+  void wait_combine(nb::handle topk_weights, nb::handle out, double timeout_s) {
+    Turn turn(port_);
+    wait_answered(timeout_s);
+    add_up(topk_weights, out);
   }
 
   void release() {
@@ -195,6 +160,84 @@ class PyExchange {
     if (!exchange_) raise_error("XcclError", "the exchange is released", {});
     return *exchange_;
   }
+  bool is_routed() const { return experts_.is_held(); }
+
+  void route(ArrayView experts, uint32_t top_k, ArrayView pair_rows, const ArrayView& expert_rank,
+             const Tag& tag, uint16_t kind, std::span<const uint32_t> also) {
+    for (const uint32_t rank : also) check_rank(rank);
+    if (experts.size() > INT32_MAX || top_k == 0) throw nb::value_error("too many pairs");
+    if (pair_rows.is_held() && pair_rows.size() != experts.size()) {
+      throw nb::value_error("pair_rows must have one entry per pair");
+    }
+    if (is_routed()) throw nb::value_error("an exchange is routed once; make another");
+    const Pairs pairs{.experts = experts.data<const int32_t>(),
+                      .rows = pair_rows.is_held() ? pair_rows.data<const int32_t>() : nullptr,
+                      .num_slots = static_cast<uint32_t>(experts.size()),
+                      .top_k = top_k};
+    if (!get().add_routed(pairs, expert_rank.ints(), tag, kind, also)) raise_routing();
+    experts_ = std::move(experts);
+    pair_rows_ = std::move(pair_rows);
+  }
+
+  void post_planned(double timeout_s) {
+    Exchange& exchange = get();
+    Status posted = Status::kPending;
+    const auto ready = [&] {
+      port_.p2p.push_all();
+      posted = exchange.post();
+      return posted != Status::kPending;
+    };
+    if (!ready()) {
+      const uint32_t rank = exchange.blocking_rank();
+      const Status status = wait_released(
+          port_, ready, timeout_s, [&rank] { return std::span<const uint32_t>(&rank, 1); });
+      if (status != Status::kOk) raise_wait(status);
+    }
+    port_.core.beat(now_ns());
+    raise_post(posted);
+  }
+
+  void wait_answered(double timeout_s) {
+    Exchange& exchange = get();
+    const auto ready = [&] {
+      port_.p2p.push_all();
+      return advance(exchange) || exchange.has_lost();
+    };
+    const Status status =
+        wait_released(port_, ready, timeout_s, [&] { return exchange.owing(); });
+    if (status != Status::kOk && !advance(exchange)) raise_wait(status);
+    if (exchange.has_lost()) raise_lost("wait for answers", lost_ranks());
+  }
+
+  void add_up(nb::handle topk_weights, nb::handle out_array) {
+    const ArrayView weights(topk_weights, "topk_weights", 2, kFloats);
+    const ArrayView out(out_array, "out", 2, kFloats, ArrayView::Use::kWrite);
+    if (!is_routed() || weights.size() != experts_.size() || weights.shape(0) != out.shape(0)) {
+      throw nb::value_error("topk_weights must be [T, K] as topk_ids, and out [T, H]");
+    }
+    Status status;
+    {
+      nb::gil_scoped_release release;
+      status = get().combine(weights.data<const float>(), out.data<float>(),
+                             static_cast<uint32_t>(out.shape(0)),
+                             static_cast<uint32_t>(out.shape(1)));
+    }
+    raise_combine(status);
+  }
+
+  nb::tuple view_of(const Part& part) {
+    const ReplyHeader& reply = *part.reply;
+    const auto type = static_cast<RowType>(reply.row_type);
+    const RowPlaces places(0, reply.num_rows, reply.row_bytes, type);
+    const Segment& theirs = *port_.core.peer(part.rank).segment;
+    const uint8_t* base = theirs.base() + theirs.reply_offset(port_.core.rank(), part.seq);
+    const nb::handle keeper = port_.keeper(part.rank);
+    const auto slots = get().pair_slots(part);
+    return nb::make_tuple(part.rank, std::vector<int32_t>(slots.begin(), slots.end()),
+                          view_rows(base + places.rows, type, reply.num_rows, reply.row_bytes, keeper),
+                          view_scales(base + places.scales, type, reply.num_rows, keeper));
+  }
+
   void give_back() {
     exchange_->release();
     port_.idle_exchanges.push_back(std::move(exchange_));
@@ -254,10 +297,7 @@ class PyExchange {
 
   nb::object owner_;
   Port& port_;
-  RowArray rows_;
-  std::optional<ScaleArray> scales_;
-  std::optional<IntArray> experts_, pair_rows_;
-  bool routed_ = false;
+  ArrayView rows_, scales_, experts_, pair_rows_;
   std::unique_ptr<Exchange> exchange_;
 };
 

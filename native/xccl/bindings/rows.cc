@@ -1,156 +1,113 @@
-// The answering side: poll, and answers copied or computed in place.
 #include "rows.h"
 
-#include "port.h"
+#include <algorithm>
+#include <cstring>
 
 namespace xds::xccl {
+namespace {
 
-using namespace nb::literals;
-
-RowType row_type(const nb::ndarray<>& array, const char* what) {
-  if (array.dtype() == nb::dtype<float>()) return RowType::kFloat32;
-  if (array.dtype() == nb::dtype<uint16_t>()) return RowType::kBfloat16;
-  if (array.dtype() == nb::dtype<int8_t>()) return RowType::kInt8;
-  if (array.dtype() == nb::dtype<uint8_t>()) return RowType::kBytes;
-  throw nb::type_error(
-      (std::string(what) + " must be float32, uint16 (bfloat16 bits), int8 or uint8").c_str());
+bool get_buffer(nb::handle array, int flags, Py_buffer& view) {
+  if (PyObject_GetBuffer(array.ptr(), &view, flags) == 0) return true;
+  PyErr_Clear();
+  view.obj = nullptr;
+  return false;
 }
 
-RowSource row_source(const RowArray& rows, const std::optional<ScaleArray>& scales, bool quantize) {
+RowType row_type(char format) {
+  switch (format) {
+    case 'f':
+      return RowType::kFloat32;
+    case 'H':
+      return RowType::kBfloat16;
+    case 'b':
+      return RowType::kInt8;
+    default:
+      return RowType::kBytes;
+  }
+}
+
+nb::dlpack::dtype item_type(RowType type) {
+  switch (type) {
+    case RowType::kFloat32:
+      return nb::dtype<float>();
+    case RowType::kBfloat16:
+      return nb::dtype<uint16_t>();
+    case RowType::kInt8:
+      return nb::dtype<int8_t>();
+    case RowType::kBytes:
+      break;
+  }
+  return nb::dtype<uint8_t>();
+}
+
+}  // namespace
+
+ArrayView::ArrayView(nb::handle array, const char* name, int ndim, const char* formats, Use use) {
+  const int writable = use == Use::kWrite ? PyBUF_WRITABLE : 0;
+  const int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | writable;
+  if (!get_buffer(array, flags, view_) && use == Use::kRead) {
+    const nb::object copy = nb::module_::import_("numpy").attr("ascontiguousarray")(array);
+    get_buffer(copy, flags, view_);
+  }
+  const bool is_plain = is_held() && view_.ndim == ndim && view_.format != nullptr &&
+                        std::strlen(view_.format) == 1;
+  if (is_plain && std::strchr(formats, view_.format[0]) != nullptr) {
+    format_ = view_.format[0];
+    std::copy_n(view_.shape, ndim, shape_.begin());
+    return;
+  }
+  drop();
+  throw nb::type_error((std::string(name) + " must be a C-contiguous" +
+                        (writable != 0 ? ", writable" : "") + " array of " +
+                        std::to_string(ndim) + " dimensions and of an item type in '" + formats +
+                        "'")
+                           .c_str());
+}
+
+nb::object tag_object(const Tag& tag) {
+  return nb::module_::import_("xdeepserve.xccl.layout")
+      .attr("Tag")(tag.epoch, tag.step_idx, tag.layer_idx, tag.microbatch_idx);
+}
+
+ArrayView scales_view(nb::handle scales) {
+  return scales.is_none() ? ArrayView() : ArrayView(scales, "scales", 1, kFloats);
+}
+
+RowSource row_source(const ArrayView& rows, const ArrayView& scales, bool quantize) {
   RowSource source;
-  source.type = row_type(nb::ndarray<>(rows), "rows");
+  source.type = row_type(rows.format());
   if (rows.shape(0) > UINT32_MAX || rows.shape(1) > (uint64_t{1} << 28)) {
     throw nb::value_error("rows have at most 2**32 - 1 rows of 2**28 items");
   }
-  source.rows = static_cast<const uint8_t*>(rows.data());
+  source.rows = rows.data<const uint8_t>();
   source.num_rows = static_cast<uint32_t>(rows.shape(0));
   source.width = static_cast<uint32_t>(rows.shape(1));
   source.quantize = quantize;
   const bool is_int8 = source.type == RowType::kInt8;
-  if (is_int8 != scales.has_value()) {
+  if (is_int8 != scales.is_held()) {
     throw nb::value_error("int8 rows come with one float32 scale each, others without");
   }
   if (quantize && (is_int8 || source.type == RowType::kBytes)) {
     throw nb::value_error("only float32 and bfloat16 rows can be quantized");
   }
-  if (scales && scales->shape(0) != rows.shape(0)) {
+  if (is_int8 && scales.shape(0) != rows.shape(0)) {
     throw nb::value_error("scales must have one entry per row");
   }
-  if (scales) source.scales = scales->data();
+  if (is_int8) source.scales = scales.data<const float>();
   return source;
 }
 
-namespace {
-
-std::vector<Incoming> poll(Port& port, double timeout_s, uint32_t max_requests) {
-  Turn turn(port);
-  std::vector<Incoming> arrived;
-  Incoming incoming;
-  const auto take = [&] {
-    port.p2p.push_all();
-    while (arrived.size() < max_requests && port.server.take(incoming)) arrived.push_back(incoming);
-    return !arrived.empty();
-  };
-  if (timeout_s == 0.0 || take()) {
-    if (arrived.empty()) take();
-    port.core.beat(now_ns());
-    return arrived;
-  }
-  wait_released(port, take, timeout_s, [] { return std::span<const uint32_t>(); });
-  return arrived;
+nb::object view_rows(const uint8_t* rows, RowType type, uint32_t num_rows, uint32_t row_bytes,
+                     nb::handle keeper) {
+  using View = nb::ndarray<nb::numpy, nb::ro, nb::ndim<2>>;
+  return nb::cast(
+      View(rows, {num_rows, row_bytes / item_bytes(type)}, keeper, {}, item_type(type)));
 }
 
-// False when the asker's life has ended and nobody waits for the answer.
-bool settled(Status status, const Incoming& request, const Answer& answer, uint64_t limit) {
-  if (status == Status::kStale) return false;
-  std::string what = "answer of " + std::to_string(answer.num_rows) + " rows of " +
-                     std::to_string(answer.row_bytes) + " bytes to rank " +
-                     std::to_string(request.source_rank) + " (reply_bytes=" +
-                     std::to_string(limit) + ")";
-  if (status == Status::kBadArgument) what += ": the request is answered already";
-  raise_status(status, what);
-  return true;
-}
-
-bool reply(Port& port, const Incoming& request, const RowArray& rows,
-           const std::optional<ScaleArray>& scales, bool quantize) {
-  const RowSource source = row_source(rows, scales, quantize);
-  Turn turn(port);
-  const Answer answer{.row_type = source.sent_type(),
-                      .num_rows = source.num_rows,
-                      .row_bytes = source.sent_row_bytes()};
-  const uint64_t limit = port.core.params().reply_bytes;
-  uint64_t scales_offset = 0, rows_offset = 0;
-  const Status status = port.server.place(request.source_rank, request.source_incarnation,
-                                          request.seq, answer, scales_offset, rows_offset);
-  if (!settled(status, request, answer, limit)) return false;
-  nb::gil_scoped_release release;
-  uint8_t* base = port.core.own().base();
-  copy_rows(source, nullptr, source.num_rows, reinterpret_cast<float*>(base + scales_offset),
-            base + rows_offset);
-  return port.server.publish(request.source_rank, request.source_incarnation, request.seq,
-                             answer) == Status::kOk;
-}
-
-Answer answer_in_place(uint32_t num_rows, uint32_t row_bytes, uint32_t type) {
-  if (!is_row_type(static_cast<uint16_t>(type))) throw nb::value_error("unknown row type");
-  return {.row_type = static_cast<RowType>(type), .num_rows = num_rows, .row_bytes = row_bytes};
-}
-
-std::optional<std::tuple<uint64_t, uint64_t>> reply_place(Port& port, const Incoming& request,
-                                                          uint32_t num_rows, uint32_t row_bytes,
-                                                          uint32_t type) {
-  Turn turn(port);
-  const Answer answer = answer_in_place(num_rows, row_bytes, type);
-  uint64_t scales = 0, rows = 0;
-  const Status status = port.server.place(request.source_rank, request.source_incarnation,
-                                          request.seq, answer, scales, rows);
-  if (!settled(status, request, answer, port.core.params().reply_bytes)) return std::nullopt;
-  return std::make_tuple(scales, rows);
-}
-
-bool commit_reply(Port& port, const Incoming& request, uint32_t num_rows, uint32_t row_bytes,
-                  uint32_t type) {
-  Turn turn(port);
-  const Answer answer = answer_in_place(num_rows, row_bytes, type);
-  const Status status = port.server.publish(request.source_rank, request.source_incarnation,
-                                            request.seq, answer);
-  return settled(status, request, answer, port.core.params().reply_bytes);
-}
-
-bool refuse(Port& port, const Incoming& request, uint32_t detail) {
-  Turn turn(port);
-  const Answer answer{.code = ReplyCode::kRefused, .detail = detail};
-  const Status status = port.server.publish(request.source_rank, request.source_incarnation,
-                                            request.seq, answer);
-  return settled(status, request, answer, port.core.params().reply_bytes);
-}
-
-}  // namespace
-
-void bind_rows(nb::module_& m, nb::class_<Port>& port) {
-  nb::class_<Incoming>(m, "Incoming")
-      .def_ro("source_rank", &Incoming::source_rank)
-      .def_ro("source_incarnation", &Incoming::source_incarnation)
-      .def_ro("seq", &Incoming::seq)
-      .def_ro("kind", &Incoming::kind)
-      .def_ro("num_rows", &Incoming::num_rows)
-      .def_ro("row_bytes", &Incoming::row_bytes)
-      .def_ro("num_meta", &Incoming::num_meta)
-      .def_ro("reply_rows", &Incoming::reply_rows)
-      .def_ro("meta_offset", &Incoming::meta_offset)
-      .def_ro("scales_offset", &Incoming::scales_offset)
-      .def_ro("rows_offset", &Incoming::rows_offset)
-      .def_prop_ro("row_type", [](const Incoming& i) { return static_cast<int>(i.row_type); })
-      .def_prop_ro("tag", [](const Incoming& i) { return tag_tuple(i.tag); });
-  port.def("poll_requests", &poll, "timeout_s"_a, "max_requests"_a)
-      .def("reply_rows", &reply, "request"_a, "rows"_a, "scales"_a.none() = nb::none(),
-           "quantize"_a = false)
-      .def("reply_place", &reply_place, "request"_a, "num_rows"_a, "row_bytes"_a, "row_type"_a)
-      .def("commit_reply", &commit_reply, "request"_a, "num_rows"_a, "row_bytes"_a, "row_type"_a)
-      .def("refuse_request", &refuse, "request"_a, "detail"_a)
-      .def_prop_ro("num_open_requests", [](Port& p) { return p.server.num_open(); })
-      .def_prop_ro("num_cancelled", [](Port& p) { return p.server.num_cancelled(); });
+nb::object view_scales(const uint8_t* scales, RowType type, uint32_t num_rows, nb::handle keeper) {
+  if (type != RowType::kInt8) return nb::none();
+  using View = nb::ndarray<nb::numpy, const float, nb::ndim<1>>;
+  return nb::cast(View(reinterpret_cast<const float*>(scales), {num_rows}, keeper));
 }
 
 }  // namespace xds::xccl

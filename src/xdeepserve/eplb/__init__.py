@@ -16,7 +16,7 @@ from xdeepserve.eplb.placement import (
     num_loads,
     resize,
 )
-from xdeepserve.eplb.policy import PolicyState, RebalanceDecision, RebalancePolicy, decide
+from xdeepserve.eplb.policy import RebalanceDecision, RebalancePolicy, decide
 from xdeepserve.eplb.published import rebalance_experts
 from xdeepserve.eplb.quality import lower_bound, peak_over_mean, rank_load
 
@@ -28,7 +28,6 @@ __all__ = [
     "ExpertPlacement",
     "MigrationTick",
     "Phase",
-    "PolicyState",
     "RebalanceDecision",
     "RebalancePolicy",
     "check_placement",

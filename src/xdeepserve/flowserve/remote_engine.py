@@ -287,7 +287,9 @@ class RemoteEngine:
         """Fail all streams; nothing of the old connection is left. Idempotent."""
         if self._client is None:
             return
-        logger.warning("%s is lost with %d requests: %s", self.name, len(self._streams), reason)
+        is_meant = self._is_closing and not self._streams
+        level = logging.INFO if is_meant else logging.WARNING
+        logger.log(level, "%s is lost with %d requests: %s", self.name, len(self._streams), reason)
         self._client = None
         self._is_group_alive = False
         self._unreported.clear()

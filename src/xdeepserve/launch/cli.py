@@ -22,7 +22,7 @@ COMMANDS: dict[str, str] = {
     "generate": "complete one prompt in this process and print it",
     "models": "list, inspect, pull and upcycle models",
     "bench": "measure a server (serve) or the engine alone (offline)",
-    "xccl": "measure the communication library (bench)",
+    "xccl": "measure the communication library (bench), look at its transfers (trace)",
     "demo": "start a server, ask one question with streaming, stop",
     "doctor": "what this machine can do, which instruction set is used, leftovers",
 }

@@ -19,12 +19,14 @@ from typing import Final
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.control import ControlClient
 from xdeepserve.errors import ConnectionLost, DeadlineExceeded, EngineDeadError, XDeepServeError
+from xdeepserve.launch.failure_note import read_note
 from xdeepserve.launch.roster import MemberListener, Roster
 from xdeepserve.launch.run_dir import create_run
 from xdeepserve.launch.service import ServiceConfig
 from xdeepserve.launch.supervisor.child import Child, describe_exit
 from xdeepserve.launch.supervisor.client import connect_supervisor, scale_run, status_of
 from xdeepserve.launch.supervisor.messages import (
+    SUPERVISOR_NAME,
     Membership,
     Status,
     StopAll,
@@ -63,7 +65,7 @@ class Cluster:
         self._service = service
         self._roster = Roster(listener)
         self._is_stopping = False
-        self._does_supervisor_crash = False
+        self._supervisor_error: str | None = None
         self._news = asyncio.Condition()
         self._supervisor: Child | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -169,8 +171,9 @@ class Cluster:
                 return
             wait_s = policy.next_wait_s(SYSTEM_CLOCK.monotonic())
             if wait_s is None:
+                note = read_note(self.run, SUPERVISOR_NAME, self._supervisor.identity.pid)
                 async with self._news:
-                    self._does_supervisor_crash = True
+                    self._supervisor_error = note or f"it {describe_exit(code)}; its log says why"
                     self._news.notify_all()
                 # The workers go on without a supervisor, so there is always another try.
                 wait_s = self._service.deployment.supervision.backoff_max_s
@@ -218,8 +221,8 @@ class Cluster:
         """
         membership = self.membership
         if membership is None:
-            if self._does_supervisor_crash:
-                raise EngineDeadError("the supervisor does not start; its log says why")
+            if self._supervisor_error is not None:
+                raise EngineDeadError(f"the supervisor does not start: {self._supervisor_error}")
             return False
         groups = {member.name for member in membership.members if member.spec.role == "attention"}
         return membership.is_settled() and groups == self._roster.names

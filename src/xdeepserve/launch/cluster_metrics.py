@@ -18,6 +18,8 @@ from prometheus_client.registry import Collector
 from xdeepserve.clock import SYSTEM_CLOCK, Clock
 from xdeepserve.errors import XDeepServeError
 from xdeepserve.launch.cluster import Cluster
+from xdeepserve.launch.life_totals import LifeTotals
+from xdeepserve.launch.plan import worker_name
 from xdeepserve.launch.supervisor.messages import ExpertHeat, Membership, Status
 from xdeepserve.maas.metrics import PREFIX
 from xdeepserve.transformerless.stage_times import StageTimes
@@ -38,6 +40,8 @@ COUNTERS: Final = {
     "generated": ("worker_generation_tokens", "Tokens that a DP group generated."),
     "requests": ("worker_exchanges", "Exchanges that an FFN or expert worker answered."),
     "rows": ("worker_rows", "Rows that an FFN or expert worker computed."),
+    "failovers": ("worker_failovers", "Exchanges of a DP group that went to another worker."),
+    "fallbacks": ("worker_fallbacks", "Exchanges that a DP group computed itself."),
 }
 """Number of a heartbeat's load -> name and text of its counter."""
 
@@ -54,6 +58,8 @@ class ClusterCollector(Collector):
         self._clock = clock
         self._status: Status | None = None
         self._taken_s = 0.0
+        self._counts = LifeTotals()
+        self._stage_s = LifeTotals()
 
     async def follow(self, cluster: Cluster) -> None:
         """Keep the status up to date, until cancelled."""
@@ -67,6 +73,11 @@ class ClusterCollector(Collector):
     def take(self, status: Status) -> None:
         """Show this status from now on."""
         self._status, self._taken_s = status, self._clock.monotonic()
+        for member in status.membership.members:
+            if (beat := status.heartbeats.get(member.name)) is not None:
+                counts = {key: value for key, value in beat.load.items() if key in COUNTERS}
+                self._counts.note(member.name, member.incarnation, counts)
+                self._stage_s.note(member.name, member.incarnation, beat.stage_s)
 
     def collect(self) -> Iterator[Metric]:
         """The families of the latest status; none before the first."""
@@ -75,9 +86,25 @@ class ClusterCollector(Collector):
         age_s = self._clock.monotonic() - self._taken_s
         yield _gauge("cluster_status_age_seconds", "Age of what is known of the workers.", age_s)
         yield from _membership_families(self._status.membership)
-        yield from _heartbeat_families(self._status)
+        text = "Workers that failed and whose work others got."
+        yield _counters("workers_dropped", text, (), [((), self._status.num_dropped)])
+        yield from _load_families(self._status)
+        yield from self._total_families(self._status.membership)
         if (heat := self._status.expert_heat) is not None:
             yield from _heat_families(heat)
+
+    def _total_families(self, membership: Membership) -> Iterator[Metric]:
+        """What the workers have counted, over all lives of each that the gateway has seen."""
+        names = [((member.name, member.spec.role), member.name) for member in membership.members]
+        totals = [(who, self._counts.of(name)) for who, name in names]
+        for key, (name, text) in COUNTERS.items():
+            samples = ((who, counts[key]) for who, counts in totals if key in counts)
+            yield _counters(name, text, WORKER, samples)
+        yield _stages(
+            ((*who, stage), total_s)
+            for who, name in names
+            for stage, total_s in self._stage_s.of(name).items()
+        )
 
 
 class StageCollector(Collector):
@@ -118,8 +145,8 @@ def _membership_families(membership: Membership) -> Iterator[Metric]:
     )
 
 
-def _heartbeat_families(status: Status) -> Iterator[Metric]:
-    """Load and stage times of the workers that have sent a heartbeat."""
+def _load_families(status: Status) -> Iterator[Metric]:
+    """Load of the workers that have sent a heartbeat."""
     beats = [
         ((member.name, member.spec.role), status.heartbeats[member.name])
         for member in status.membership.members
@@ -128,18 +155,18 @@ def _heartbeat_families(status: Status) -> Iterator[Metric]:
     for key, (name, text) in GAUGES.items():
         samples = ((who, beat.load[key]) for who, beat in beats if key in beat.load)
         yield _gauges(name, text, WORKER, samples)
-    for key, (name, text) in COUNTERS.items():
-        samples = ((who, beat.load[key]) for who, beat in beats if key in beat.load)
-        yield _counters(name, text, WORKER, samples)
-    yield _stages(
-        ((*who, stage), total_s) for who, beat in beats for stage, total_s in beat.stage_s.items()
-    )
 
 
 def _heat_families(heat: ExpertHeat) -> Iterator[Metric]:
     """How evenly the experts' load lies, and what was done about it."""
     text = "Load of the fullest expert worker over the mean, lately."
     yield _gauge("expert_load_peak_over_mean", text, heat.peak_over_mean)
+    yield _gauges(
+        "expert_rank_load_ratio",
+        "Load of an expert worker over the mean of all, lately; 1 without load.",
+        ["worker"],
+        (((worker_name("expert", rank),), ratio) for rank, ratio in heat.rank_ratios.items()),
+    )
     yield _counters("expert_moves", "Experts moved to other workers.", (), [((), heat.num_moves)])
 
 

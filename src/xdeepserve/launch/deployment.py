@@ -168,6 +168,9 @@ class Deployment:
     model: str = option("", "A name (`xds models list`), a folder or a .gguf file.")
     precision: ModelConfig = option(ModelConfig(), "Weight precision and operator threads.")
     roles: RolesSpec = option(RolesSpec(), "Workers by role.")
+    pin: bool = option(
+        True, "Give each worker cores of its own, if no role names any and there are enough."
+    )
     limits: EngineConfig = option(EngineConfig(), "Limits of each DP group.")
     gateway: GatewayConfig = option(GatewayConfig(), "The HTTP edge.")
     slo: SloConfig = option(SloConfig(), "Service-level objectives.")

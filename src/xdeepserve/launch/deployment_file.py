@@ -110,5 +110,16 @@ def _hint(key: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
 
 
+_YAML_NAMES: Final = {
+    list: "a list",
+    str: "text",
+    bool: "a truth value",
+    int: "a number",
+    float: "a number",
+}
+
+
 def _describe(value: object) -> str:
-    return "empty" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
+    if value is None:
+        return "empty"
+    return f"{_YAML_NAMES.get(type(value), type(value).__name__)}: {str(value)[:60]}"

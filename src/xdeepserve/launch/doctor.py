@@ -10,6 +10,8 @@ from pathlib import Path
 
 from xdeepserve import __version__, envs
 from xdeepserve.errors import ConfigError
+from xdeepserve.launch.cores import Topology
+from xdeepserve.launch.machine_memory import THP_FOLDER, memory_facts
 from xdeepserve.launch.run_dir import clean_dead_runs, dead_runs, living_runs
 
 
@@ -28,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
     _show("machine", f"{platform.machine()}, {_cpu_name()}")
     _show("cores usable", str(len(os.sched_getaffinity(0))))
     _show("memory", f"{_memory_bytes() / 2**30:.1f} GiB")
+    for name, value in memory_facts(THP_FOLDER, Topology.of_this_machine()):
+        _show(name, value)
     healthy = _show_native()
     for env in envs.ALL:
         _show(env.name, f"{env.get()}  ({env.doc})")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from xdeepserve.errors import ConfigError
+from xdeepserve import envs
+from xdeepserve.errors import ConfigError, SegmentError
 from xdeepserve.launch.deployment import ROLES, Deployment
 from xdeepserve.launch.plan import ModelShape
 from xdeepserve.xccl import Layout, Port
+
+NUM_TRACED: Final = 256
+"""Records that a worker keeps for itself; others read the headers in its segment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +33,16 @@ class Fabric:
 
     @classmethod
     def of(cls, run_id: str, deployment: Deployment, shape: ModelShape) -> Fabric:
-        """The fabric of a run, from what it was started with."""
+        """The fabric of a run, from what it was started with.
+
+        Raises:
+            ConfigError: a step is too large, or there are too many workers; see layout_of.
+        """
         first_rank, num_ranks = {}, 0
         for role in ROLES:
             first_rank[role] = num_ranks
             num_ranks += deployment.role(role).capacity
-        layout = Layout.for_rows(
-            max_ranks=num_ranks,
-            max_rows=deployment.limits.max_num_batched_tokens,
-            hidden_size=shape.hidden_size,
-            top_k=max(shape.top_k, 1),
-        )
+        layout = layout_of(deployment, shape)
         return cls(run_id, first_rank, layout, deployment.supervision.bypass_after_s)
 
     def rank_of(self, role: str, rank: int) -> int:
@@ -51,13 +55,41 @@ class Fabric:
         Raises:
             SegmentError: /dev/shm has no room for it.
         """
-        return Port(
+        port = Port(
             self.run_id,
             name,
             self.rank_of(role, rank),
             layout=self.layout,
             frozen_after_s=self.frozen_after_s,
         )
+        if envs.XCCL_TRACE.get() == "on":
+            port.open_trace(NUM_TRACED)
+        return port
+
+
+def layout_of(deployment: Deployment, shape: ModelShape) -> Layout:
+    """The segments of a run: places for all workers it may get, slots for one step of a group.
+
+    Raises:
+        ConfigError: a size is beyond what XCCL can exchange.
+    """
+    max_rows = deployment.limits.max_num_batched_tokens
+    num_ranks = sum(deployment.role(role).capacity for role in ROLES)
+    layout = Layout.for_rows(
+        max_ranks=num_ranks,
+        max_rows=max_rows,
+        hidden_size=shape.hidden_size,
+        top_k=max(shape.top_k, 1),
+    )
+    try:
+        _ = layout.segment_bytes  # checks all sizes
+    except SegmentError as exc:
+        raise ConfigError(
+            f"workers cannot exchange steps of this size: {exc.message}; lower "
+            f"limits.max_num_batched_tokens={max_rows}, or the roles' max_count (places for "
+            f"{num_ranks} workers)"
+        ) from exc
+    return layout
 
 
 def is_taken_apart(deployment: Deployment) -> bool:

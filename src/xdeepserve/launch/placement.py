@@ -90,17 +90,25 @@ def ranks_in_use(
         wanted: a rank that is not wanted gets nothing from now on.
         ready: a new rank joins when it can serve. One that crashed stays: the DP groups go round
             it until it is back.
+
+    Returns:
+        Sorted; () = there is none at present, the DP groups do the work.
     """
     if current is None:
         return tuple(sorted(wanted))
-    kept = {rank for rank in wanted if rank in current or rank in ready}
-    return tuple(sorted(kept or wanted))
+    return tuple(sorted(rank for rank in wanted if rank in current or rank in ready))
 
 
 def idle_ranks(placement: Placement) -> tuple[int, ...]:
     """Expert ranks in use that hold no expert in any layer: they have just joined."""
     rows = _experts_by_rank(placement)
     return tuple(rank for rank, row in zip(placement.expert, rows, strict=True) if not any(row))
+
+
+def experts_per_layer(placement: Placement, rank: int) -> list[int]:
+    """How many experts an expert rank in use holds in each layer, replicas included."""
+    rows = dict(zip(placement.expert, _experts_by_rank(placement), strict=True))
+    return [len(experts) for experts in rows[rank]]
 
 
 def moved_to(

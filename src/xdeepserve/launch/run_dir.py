@@ -6,6 +6,7 @@
       state.json             latest membership; written by the supervisor
       supervisor.lock, .sock
       dp0.lock, dp0.sock, dp0.ctl.sock        per worker: identity, its service, its supervision
+      dp0.error                why it ended, if it could say
 
 The kernel drops a lock when its holder dies, so nothing here can be stale in a harmful way. Shared
 memory of a run is named /dev/shm/xds-<run_id>-*.
@@ -13,14 +14,17 @@ memory of a run is named /dev/shm/xds-<run_id>-*.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import secrets
 import shutil
 import signal
+import stat
 import struct
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Final
 
@@ -37,6 +41,35 @@ _WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """struct flock of fcntl(2). Open file description locks: asking who holds one takes none."""
 
 _RUN_NAME: Final = re.compile(r"xds-([0-9a-f]{8})")
+_RUN_MODE: Final = 0o700
+
+
+def run_id_of(path: Path) -> str:
+    """The run id in the name of a run directory; "" if it is not named like one."""
+    named = _RUN_NAME.fullmatch(path.name)
+    return "" if named is None else named.group(1)
+
+
+def _is_private_folder(path: Path) -> bool:
+    """Whether `path` itself, not what it may link to, is a folder that only this user can enter.
+
+    In a shared temporary folder anybody can make a link of any name.
+    """
+    try:
+        info = path.lstat()
+    except OSError:
+        return False
+    # Not S_IMODE: a folder inherits the set-group-ID bit from the one that it is made in.
+    is_private = info.st_uid == os.geteuid() and info.st_mode & 0o777 == _RUN_MODE
+    return stat.S_ISDIR(info.st_mode) and is_private
+
+
+def _is_own_file(path: Path) -> bool:
+    try:
+        info = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +84,15 @@ class RunDirectory:
         """The run directory at `path`.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, or it is a link, or others may enter or own it.
         """
-        named = _RUN_NAME.fullmatch(path.name)
-        if named is None or not path.is_dir():
-            raise ConfigError(f"{path} is no run directory (xds-<run id>)")
-        return cls(path, named.group(1))
+        run_id = run_id_of(path)
+        if not run_id or not _is_private_folder(path):
+            raise ConfigError(
+                f"{path} is no run directory: it must be a folder of this user (no link) named "
+                "xds-<run id>, with mode 0700"
+            )
+        return cls(path, run_id)
 
     @property
     def lease_path(self) -> Path:
@@ -82,13 +118,18 @@ class RunDirectory:
         """Locked by the one process that is `name`."""
         return self.path / f"{name}.lock"
 
+    def error_path(self, name: str) -> Path:
+        """Where process `name` says why it ends; see failure_note.py."""
+        return self.path / f"{name}.error"
+
     def gateway(self) -> ProcessIdentity | None:
         """The gateway that holds the lease; None when the run is dead."""
         return lock_holder(self.lease_path)
 
     def shared_segments(self) -> list[Path]:
-        """Shared-memory segments of this run."""
-        return sorted(SHM_FOLDER.glob(f"xds-{self.run_id}-*"))
+        """Shared-memory segments of this run; those of other users are not of this run."""
+        named = SHM_FOLDER.glob(f"xds-{self.run_id}-*")
+        return sorted(path for path in named if _is_own_file(path))
 
     def write(self, path: Path, message: msgspec.Struct) -> None:
         """Replace a JSON file of this run in one step."""
@@ -165,7 +206,7 @@ def create_run() -> tuple[RunDirectory, IdentityLock]:
     base, run_id = envs.RUN_DIR.get(), secrets.token_hex(4)
     draft = base / f".xds-{run_id}.new"
     try:
-        draft.mkdir(mode=0o700)
+        draft.mkdir(mode=_RUN_MODE)
         lease = IdentityLock(draft / "lease")
         # Renamed when the lease is held: whoever looks for dead runs never sees it without.
         path = draft.rename(base / f"xds-{run_id}")
@@ -179,10 +220,11 @@ def create_run() -> tuple[RunDirectory, IdentityLock]:
 
 def find_runs() -> list[RunDirectory]:
     """Run directories of this user, living and dead, oldest first."""
-    base = envs.RUN_DIR.get()
-    found = [path for path in base.glob("xds-*") if _RUN_NAME.fullmatch(path.name)]
-    ours = [path for path in found if path.is_dir() and path.stat().st_uid == os.geteuid()]
-    return [RunDirectory.open(path) for path in sorted(ours, key=lambda p: p.stat().st_mtime)]
+    found = []
+    for path in envs.RUN_DIR.get().glob("xds-*"):
+        with contextlib.suppress(ConfigError, FileNotFoundError):  # Runs may end meanwhile.
+            found.append((path.lstat().st_mtime_ns, path, RunDirectory.open(path)))
+    return [run for _, _, run in sorted(found, key=itemgetter(0, 1))]
 
 
 def living_runs() -> list[RunDirectory]:

@@ -77,7 +77,7 @@ async def _wait_settled(run: RunDirectory, epoch: int) -> Membership:
                 async for membership in memberships:
                     if membership.epoch >= epoch and membership.is_settled():
                         return membership
-        except ConnectionLost:
+        except (ConnectionLost, DeadlineExceeded):
             if run.gateway() is None:
                 raise EngineDeadError(f"the service {run.run_id} has ended") from None
         await asyncio.sleep(RECONNECT_S)

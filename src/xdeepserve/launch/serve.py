@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+from xdeepserve import envs
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load_named
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name clients use for the model; may be given several times (default: MODEL's own)",
     )
     parser.add_argument("--access-log", action="store_true", help="log every HTTP request")
+    parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        help=f"log lines as text or as JSON, in all processes (default: {envs.LOG_FORMAT.name})",
+    )
     parser.set_defaults(handler=run)
 
 
@@ -43,12 +49,19 @@ def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
     texts = {"attention": "DP groups", "ffn": "FFN workers", "expert": "expert workers"}
     for role in ROLES:
         group.add_argument(f"--{role}", type=int, metavar="N", help=f"number of {texts[role]}")
+    group.add_argument(
+        "--pin",
+        action=argparse.BooleanOptionalAction,
+        help="give each worker cores of its own, if there are enough (the default)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the address is bound before the model is loaded."""
     from xdeepserve.maas.server import bind
 
+    if args.log_format is not None:
+        envs.LOG_FORMAT.export(args.log_format)
     setup_logging()
     deployment = deployment_from_args(args)
     counts = {role: getattr(args, role) for role in ROLES if getattr(args, role) is not None}
@@ -78,6 +91,7 @@ def deployment_from_args(args: argparse.Namespace) -> Deployment:
     deployment = replace(
         base.with_counts(counts),
         model=args.model or base.model,
+        pin=base.pin if args.pin is None else args.pin,
         precision=override(base.precision, args),
         limits=override(base.limits, args),
         gateway=override(base.gateway, args),

@@ -14,7 +14,9 @@ from xdeepserve.launch.cluster import Cluster
 from xdeepserve.launch.cluster_metrics import ClusterCollector
 from xdeepserve.launch.compose import LoadedModel, shape_of
 from xdeepserve.launch.deployment import Deployment
+from xdeepserve.launch.logs import setup_logging
 from xdeepserve.launch.plan import resolve
+from xdeepserve.launch.room import Room, check_room
 from xdeepserve.launch.router_members import RouterMembers
 from xdeepserve.launch.run_dir import clean_dead_runs
 from xdeepserve.launch.service import ServiceConfig
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 STOP_DRAIN_S: Final = 1.0
 """Of the workers, after the gateway has drained: nothing of weight is left then."""
+
+TITLE: Final = "xds:gateway"
 
 
 def serve_cluster(
@@ -44,11 +48,12 @@ def serve_cluster(
         ConfigError: the deployment does not fit the model or the machine.
         XDeepServeError: the workers do not start.
     """
-    setproctitle("xds:gateway")
+    setproctitle(TITLE)
     for run in clean_dead_runs():
         logger.info("cleaned up what run %s left behind", run.run_id)
     shape = shape_of(loaded)
     plan = resolve(deployment, shape, usable_cores=os.sched_getaffinity(0))
+    check_room(deployment, shape, Room.of_this_machine())
     service = ServiceConfig(
         model_path=str(loaded.path.resolve()),
         model_name=names[0],
@@ -73,6 +78,7 @@ async def _serve(
     deployment = service.deployment
     members = RouterMembers(drain_timeout_s=deployment.supervision.drain_timeout_s)
     cluster = Cluster(service, members)
+    setup_logging(TITLE, run_id=cluster.run.run_id)
     logger.info("run %s in %s", cluster.run.run_id, cluster.run.path)
     collector = ClusterCollector()
     following = asyncio.create_task(collector.follow(cluster))

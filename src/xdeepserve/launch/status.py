@@ -1,4 +1,4 @@
-"""`xdeepserve status`: the workers of a running service, as a table or as JSON."""
+"""`xdeepserve status`: the workers of a running service, or its experts, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.launch.placement import Placement, experts_per_layer
+from xdeepserve.launch.plan import WorkerSpec, worker_name
 from xdeepserve.launch.run_dir import choose_run
 from xdeepserve.launch.service import ServiceConfig, load_service
 from xdeepserve.launch.supervisor.client import status_of
-from xdeepserve.launch.supervisor.messages import ExpertHeat, Member, Status
+from xdeepserve.launch.supervisor.messages import ExpertHeat, HotExpert, LayerHeat, Member, Status
 from xdeepserve.messages import Heartbeat
 
 COLUMNS = (
@@ -26,6 +28,9 @@ NUM_STAGES = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-id", metavar="ID", help="which service, where several run here")
+    parser.add_argument(
+        "--experts", action="store_true", help="show each layer's experts and workers instead"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
     parser.set_defaults(handler=run)
 
@@ -36,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     status = asyncio.run(status_of(run_dir))
     if args.json:
         print(msgspec.json.format(msgspec.json.encode(status)).decode())
+    elif args.experts:
+        print("\n".join(render_experts(status.expert_heat)))
     else:
         print("\n".join(render(status, load_service(run_dir), SYSTEM_CLOCK.wall())))
     return 0 if all(member.can_serve for member in status.membership.members) else 1
@@ -50,9 +57,41 @@ def render(status: Status, service: ServiceConfig, now_s: float) -> list[str]:
         f"epoch {membership.epoch}  supervisor {status.supervisor.pid}  "
         f"SLO ttft {slo.ttft_ms:g} ms, tpot {slo.tpot_ms:g} ms"
     )
-    rows = [_row(m, status.heartbeats.get(m.name), now_s) for m in membership.members]
+    rows = [
+        _row(m, status.heartbeats.get(m.name), membership.placement, now_s)
+        for m in membership.members
+    ]
     heat = [] if status.expert_heat is None else [_heat(status.expert_heat)]
     return [head, *heat, *_align([COLUMNS, *rows])]
+
+
+def render_experts(heat: ExpertHeat | None) -> list[str]:
+    """The heat, and by layer: load of each worker over the mean, and the hottest experts."""
+    if heat is None:
+        return ["this service has no expert workers; its DP groups compute the experts"]
+    if not heat.layers:
+        return [_heat(heat), "no tokens of late"]
+    names = [worker_name("expert", rank).upper() for rank in heat.rank_ratios]
+    columns = ("LAYER", "TOKENS", "PEAK/MEAN", *names, "HOTTEST EXPERTS (SHARE, WORKERS)")
+    ratios = [f"{ratio:.2f}" for ratio in heat.rank_ratios.values()]
+    total = ("all", str(heat.num_tokens), f"{heat.peak_over_mean:.2f}", *ratios, "")
+    return [_heat(heat), *_align([columns, total, *(_layer_row(layer) for layer in heat.layers)])]
+
+
+def _layer_row(layer: LayerHeat) -> tuple[str, ...]:
+    ratios = layer.rank_ratios.values()
+    return (
+        str(layer.layer_idx),
+        str(layer.num_tokens),
+        f"{max(ratios):.2f}",
+        *(f"{ratio:.2f}" for ratio in ratios),
+        "  ".join(_hot(expert) for expert in layer.hottest),
+    )
+
+
+def _hot(expert: HotExpert) -> str:
+    """Such as "7 (31% on 0,2)"."""
+    return f"{expert.expert} ({expert.share:.0%} on {','.join(map(str, expert.ranks))})"
 
 
 def _heat(heat: ExpertHeat) -> str:
@@ -70,11 +109,12 @@ def _heat(heat: ExpertHeat) -> str:
     return "  ".join(words)
 
 
-def _row(member: Member, heartbeat: Heartbeat | None, now_s: float) -> tuple[str, ...]:
+def _row(
+    member: Member, heartbeat: Heartbeat | None, placement: Placement | None, now_s: float
+) -> tuple[str, ...]:
     alive = member.process is not None
     load = {} if heartbeat is None else heartbeat.load
     stages = {} if heartbeat is None else heartbeat.stage_s
-    experts = member.spec.experts
     return (
         member.name,
         member.spec.role,
@@ -83,11 +123,20 @@ def _row(member: Member, heartbeat: Heartbeat | None, now_s: float) -> tuple[str
         str(member.incarnation),
         str(member.num_restarts),
         _duration(now_s - member.started_at_s) if alive else "-",
-        "-" if experts is None else f"{experts[0]}-{experts[1] - 1}",
+        _experts(member.spec, placement),
         " ".join(f"{name}={value:g}" for name, value in load.items()) or "-",
         _shares(stages) or "-",
         member.reason or "-",
     )
+
+
+def _experts(spec: WorkerSpec, placement: Placement | None) -> str:
+    """How many experts a worker holds by the placement in force: "4/layer" or "3-5/layer"."""
+    if spec.role != "expert" or placement is None or spec.rank not in placement.expert:
+        return "-"
+    counts = experts_per_layer(placement, spec.rank)
+    least, most = min(counts), max(counts)
+    return f"{least}/layer" if least == most else f"{least}-{most}/layer"
 
 
 def _shares(stages: Mapping[str, float]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import threading
@@ -21,6 +22,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import ConfigError
 from xdeepserve.maas.gateway import Gateway
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_HEADER_BYTES = 64 << 10
@@ -116,10 +119,21 @@ class DrainingServer(uvicorn.Server):
         if self._deadline_s is None:
             self._gateway.begin_drain()
             self._deadline_s = now_s + self._drain_timeout_s
+            self._announce_drain()
         if is_over or self._num_signals > 1 or now_s >= self._deadline_s:
             self._gateway.abort_running()
             return True
         return not self.server_state.tasks
+
+    def _announce_drain(self) -> None:
+        """Whoever pressed Ctrl-C should know what is waited for, and how not to wait."""
+        if num_requests := len(self.server_state.tasks):
+            logger.info(
+                "draining %d %s, at most %g s; Ctrl-C again to stop now",
+                num_requests,
+                "request" if num_requests == 1 else "requests",
+                self._drain_timeout_s,
+            )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

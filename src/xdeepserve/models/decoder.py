@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xdeepserve.models.batch import ForwardBatch
+from xdeepserve.models.huge_pages import huge_zeros
 from xdeepserve.models.moe import FfnCall, run_ffn
 from xdeepserve.models.spec import ModelSpec
 from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
@@ -65,12 +66,12 @@ class Model:
         return self.spec.kv_values_per_token() * self.kv_dtype.itemsize
 
     def new_kv(self, num_blocks: int, block_size: int) -> list[KVLayer]:
-        """Zeroed cache of every layer; memory is committed when it is first written."""
+        """Zeroed cache of every layer, see `huge_zeros`: committed when it is first written."""
         heads, dim = self.spec.attention.kv_heads_and_dim
         shape = (num_blocks, heads, block_size, dim)
 
         def array() -> Array:
-            return np.zeros(shape, self.kv_dtype)
+            return huge_zeros(shape, self.kv_dtype)
 
         has_values = self.spec.attention.num_kv_arrays == 2
         return [KVLayer(array(), array() if has_values else None) for _ in self.layers]

@@ -2,6 +2,7 @@
 
 The run directory may hold, before or while the worker runs:
     NAME.crash     its start fails
+    NAME.misfit    its start fails as with a wrong configuration
     NAME.hang      its loop makes no progress
     NAME.stubborn  its drain takes all of its time
 """
@@ -12,7 +13,7 @@ import asyncio
 from pathlib import Path
 from typing import Any, Final
 
-from xdeepserve.errors import EngineDeadError
+from xdeepserve.errors import ConfigError, EngineDeadError
 from xdeepserve.messages import Heartbeat
 
 LOOP_INTERVAL_S: Final = 0.02
@@ -34,6 +35,8 @@ class ObedientBody:
         """Start the loop, or fail when told to."""
         if self._is_ordered_to("crash"):
             raise EngineDeadError(f"{self._name} was told to crash")
+        if self._is_ordered_to("misfit"):
+            raise ConfigError(f"{self._name} was told to misfit")
         self._loop_task = asyncio.create_task(self._loop())
 
     async def _loop(self) -> None:

@@ -20,6 +20,7 @@ from xdeepserve.xccl.port import (
 )
 from xdeepserve.xccl.segments import SegmentInfo, leftovers, list_segments, unlink_all
 from xdeepserve.xccl.trampoline import Trampoline
+from xdeepserve.xccl.transfers import Transfer, TransferKind, read_transfers
 
 __all__ = [
     "FORWARD",
@@ -40,7 +41,10 @@ __all__ = [
     "TraceKind",
     "TraceRecord",
     "Trampoline",
+    "Transfer",
+    "TransferKind",
     "leftovers",
     "list_segments",
+    "read_transfers",
     "unlink_all",
 ]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from xdeepserve import _xccl
+from xdeepserve.xccl.bench_libraries import SAME_BYTES, SAME_WORK
 from xdeepserve.xccl.bench_race import NEEDS, missing_peers, race
 from xdeepserve.xccl.bench_rows import WORKS, Shape, grid
 from xdeepserve.xccl.bench_timing import Numbers, rounds_for, timed
@@ -145,12 +146,14 @@ def rows(work: str, options: BenchOptions, with_openmpi: bool, report: Report) -
         for tokens in options.num_tokens
     ]
     report(f"{WORKS[work]}, p50 / p99 us")
-    report(table_row("ranks", ["tokens x hidden, top-k", "xccl", "openmpi, same bytes"]))
+    heads = ["tokens x hidden, top-k", "xccl", "openmpi, same bytes", "openmpi, same work"]
+    report(table_row("ranks", heads))
     found = []
     for shape, times, peer in grid(
         work, shapes, seconds=options.seconds, with_openmpi=with_openmpi
     ):
-        cells = [f"{t['p50']:.1f} / {t['p99']:.1f}" if t else "-" for t in (times, peer)]
+        results = (times, peer.get(SAME_BYTES), peer.get(SAME_WORK))
+        cells = [f"{t['p50']:.1f} / {t['p99']:.1f}" if t else "-" for t in results]
         name = f"{shape.tokens} x {shape.hidden}, {shape.top_k}"
         report(table_row(shape.ranks, [name, *cells]))
         found.append({**_fields(shape), **times, "openmpi": peer})

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ from typing import Any
 import numpy as np
 
 from xdeepserve.xccl.batch import Array
+from xdeepserve.xccl.bench_collectives import Step, same_bytes_step, same_work_step
 from xdeepserve.xccl.bench_timing import MIN_ROUNDS, Numbers, rounds_for, timed
 from xdeepserve.xccl.bench_workers import JOIN_S, WAIT_S, pin_to_core_of
 from xdeepserve.xccl.layout import Layout
 from xdeepserve.xccl.port import Port
 
 Call = Callable[[Array], None]
+
+PING_PONG, SAME_BYTES, SAME_WORK = "ping_pong", "same_bytes", "same_work"
+"""Works that a rank is told to do."""
 
 RESULTS = "results"
 """FIFO on which ranks that time something report."""
@@ -46,11 +50,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Verbs:
-    """What a library can do. `there_and_back` maps a kind of collective to its two halves."""
+    """What a library can do."""
 
     send: Call
     recv: Call
-    there_and_back: dict[str, tuple[Call, Call]]
 
 
 def connect_xccl(place: Place) -> Verbs:
@@ -67,13 +70,13 @@ def connect_xccl(place: Place) -> Verbs:
     def recv(data: Array) -> None:
         port.recv(partner, data, WAIT_S)
 
-    return Verbs(send, recv, {})
+    return Verbs(send, recv)
 
 
 def connect_openmpi(place: Place) -> Verbs:
     """mpi4py's upper-case verbs: NumPy buffers, no pickle."""
     world: Any = importlib.import_module("mpi4py.MPI").COMM_WORLD
-    partner, num_ranks = place.partner, place.num_ranks
+    partner = place.partner
 
     def send(data: Array) -> None:
         world.Send(data, dest=partner)
@@ -81,20 +84,7 @@ def connect_openmpi(place: Place) -> Verbs:
     def recv(data: Array) -> None:
         world.Recv(data, source=partner)
 
-    def scatter(part: Array) -> None:
-        whole = np.zeros((num_ranks, len(part)), np.uint8) if place.rank == 0 else None
-        world.Scatter(whole, part, root=0)
-
-    def gather(part: Array) -> None:
-        whole = np.zeros((num_ranks, len(part)), np.uint8) if place.rank == 0 else None
-        world.Gather(part, whole, root=0)
-
-    def all_to_all(part: Array) -> None:
-        whole = wholes.setdefault(len(part), np.zeros((2, num_ranks, len(part)), np.uint8))
-        world.Alltoall(whole[0], whole[1])
-
-    wholes: dict[int, Array] = {}
-    return Verbs(send, recv, {"expert": (scatter, gather), "ep": (all_to_all, all_to_all)})
+    return Verbs(send, recv)
 
 
 def connect_zeromq(place: Place) -> Verbs:
@@ -111,7 +101,7 @@ def connect_zeromq(place: Place) -> Verbs:
         message = socket.recv(copy=len(data) <= COPY_BELOW)
         data[:] = np.frombuffer(message, np.uint8)
 
-    return Verbs(send, recv, {})
+    return Verbs(send, recv)
 
 
 COPY_BELOW = 64 << 10
@@ -137,7 +127,7 @@ def connect_gloo(place: Place) -> Verbs:
     def recv(data: Array) -> None:
         distributed.recv(torch.from_numpy(data), partner)
 
-    return Verbs(send, recv, {})
+    return Verbs(send, recv)
 
 
 CONNECT = {
@@ -176,20 +166,21 @@ def ping_pong(place: Place, verbs: Verbs, size: int, seconds: float) -> Numbers 
     return {**times, "began_ns": began_ns, "ended_ns": time.monotonic_ns()}
 
 
-def collective(
-    place: Place, halves: tuple[Call, Call], sizes: tuple[int, int], rounds: int
-) -> Numbers | None:
-    """Both halves of an exchange of rows, `sizes` bytes per pair of ranks; rank 0's times."""
-    there, back = (np.ones(size, np.uint8) for size in sizes)
-
-    def call() -> None:
-        halves[0](there)
-        halves[1](back)
-
+def collective(place: Place, step: Step, rounds: int) -> Numbers | None:
+    """Exchanges of rows by OpenMPI; rank 0's times."""
     for _ in range(MIN_ROUNDS):
-        call()
-    times = timed(call, rounds)
+        step()
+    times = timed(step, rounds)
     return times if place.rank == 0 else None
+
+
+def step_of(place: Place, work: str, kind: str, sizes: Sequence[int]) -> Step:
+    """What is timed: `sizes` are bytes there and back, or tokens, hidden size and top-k."""
+    if work == SAME_BYTES:
+        there, back = sizes
+        return same_bytes_step(kind, there, back)
+    tokens, hidden, top_k = sizes
+    return same_work_step(kind, place.rank, place.num_ranks, (tokens, hidden, top_k))
 
 
 def serve(place: Place, verbs: Verbs) -> None:
@@ -201,12 +192,12 @@ def serve(place: Place, verbs: Verbs) -> None:
         results.write("{}\n")  # connected
         results.flush()
         for line in orders:
-            work, *numbers = json.loads(line)
-            if work == "ping_pong":
-                times = ping_pong(place, verbs, *numbers)
+            work, *rest = json.loads(line)
+            if work == PING_PONG:
+                times = ping_pong(place, verbs, *rest)
             else:
-                there, back, rounds = numbers
-                times = collective(place, verbs.there_and_back[work], (there, back), rounds)
+                kind, sizes, rounds = rest
+                times = collective(place, step_of(place, work, kind, sizes), rounds)
             if times is not None:
                 results.write(json.dumps(times) + "\n")
                 results.flush()

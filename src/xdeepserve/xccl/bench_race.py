@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from xdeepserve.errors import XcclError
-from xdeepserve.xccl.bench_libraries import RESULTS
+from xdeepserve.xccl.bench_libraries import PING_PONG, RESULTS
 from xdeepserve.xccl.bench_timing import Numbers
 from xdeepserve.xccl.bench_workers import available_cores
 from xdeepserve.xccl.segments import unlink_all
@@ -82,7 +82,7 @@ class Library:
 
     def ping_pong(self, size: int, seconds: float) -> Numbers:
         """Round trips in all pairs at once: middle p50, worst p99, trips of all per second."""
-        self._order(["ping_pong", size, seconds])
+        self._order([PING_PONG, size, seconds])
         times = self._collect(self.num_ranks // 2)
         taken_ns = max(t["ended_ns"] for t in times) - min(t["began_ns"] for t in times)
         return {
@@ -91,9 +91,9 @@ class Library:
             "trips_per_s": round(sum(t["rounds"] for t in times) * 1e9 / taken_ns),
         }
 
-    def collective(self, work: str, sizes: tuple[int, int], rounds: int) -> Numbers:
-        """Both halves of an exchange of rows, `sizes` bytes per pair of ranks there and back."""
-        self._order([work, *sizes, rounds])
+    def collective(self, work: str, kind: str, sizes: Sequence[int], rounds: int) -> Numbers:
+        """Exchanges of rows of the kind "expert" or "ep": SAME_BYTES or SAME_WORK."""
+        self._order([work, kind, sizes, rounds])
         return self._collect(1)[0]
 
     def _order(self, work: list[object]) -> None:

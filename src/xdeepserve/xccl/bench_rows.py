@@ -1,8 +1,7 @@
 """Exchanges of rows, a2e + e2a and dispatch + combine, over tokens, hidden size, top-k and ranks.
 
 Experts compute nothing, so that only the way is measured. Where OpenMPI is there, its collectives
-move as many bytes between the same ranks: Scatter and Gather beside a2e + e2a, Alltoall twice
-beside dispatch + combine. They neither sort, nor pick rows, nor add anything up.
+stand beside: with the same bytes and nothing else, and with the same work (bench_collectives).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xdeepserve.xccl.bench_libraries import SAME_BYTES, SAME_WORK
 from xdeepserve.xccl.bench_race import Library, library
 from xdeepserve.xccl.bench_timing import MIN_ROUNDS, Numbers, rounds_for, timed
 from xdeepserve.xccl.bench_workers import (
@@ -47,7 +47,7 @@ class Shape:
 
 def grid(
     work: str, shapes: Sequence[Shape], *, seconds: float, with_openmpi: bool
-) -> Iterator[tuple[Shape, Numbers, Numbers | None]]:
+) -> Iterator[tuple[Shape, Numbers, dict[str, Numbers]]]:
     """Each shape with XCCL's times and OpenMPI's; shapes of as many ranks stand together."""
     for num_ranks in dict.fromkeys(shape.ranks for shape in shapes):
         with ExitStack() as stack:
@@ -57,8 +57,7 @@ def grid(
             for shape in shapes:
                 if shape.ranks == num_ranks:
                     times = point(work, shape, seconds)
-                    rounds = times["rounds"]
-                    yield shape, times, peer_point(peer, work, shape, rounds) if peer else None
+                    yield shape, times, peer_point(peer, work, shape, times["rounds"])
 
 
 def job_of(work: str, rank: int, shape: Shape) -> Job:
@@ -140,9 +139,15 @@ def ep_times(port: Port, job: Job, seconds: float) -> Numbers:
     return times
 
 
-def peer_point(peer: Library, work: str, shape: Shape, rounds: int) -> Numbers:
-    """OpenMPI's collectives with the same bytes between the ranks, as many rounds as XCCL did."""
-    return peer.collective(work, bytes_per_rank(work, shape), rounds)
+def peer_point(peer: Library | None, work: str, shape: Shape, rounds: int) -> dict[str, Numbers]:
+    """OpenMPI with the same bytes between the ranks and with the same work; as many rounds."""
+    if peer is None:
+        return {}
+    sizes = (shape.tokens, shape.hidden, shape.top_k)
+    return {
+        SAME_BYTES: peer.collective(SAME_BYTES, work, bytes_per_rank(work, shape), rounds),
+        SAME_WORK: peer.collective(SAME_WORK, work, sizes, rounds),
+    }
 
 
 def bytes_per_rank(work: str, shape: Shape) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from xdeepserve.xccl.batch import F32, Batch
 from xdeepserve.xccl.ep_group import EpGroup
 from xdeepserve.xccl.layout import Layout, Tag
 from xdeepserve.xccl.port import Port
@@ -83,13 +84,15 @@ def routing(job: Job, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 def expert(port: Port, job: Job) -> None:
     """Answers each pair with a row; computes nothing, so that only the way is measured."""
-    rows = np.zeros((job.num_tokens * job.top_k, job.hidden_size), np.float32)
     while True:
         for batch in port.poll(1.0):
             if batch.kind == STOP:
-                batch.reply(rows[:1])
+                batch.reply(ANSWERS[:1].reshape(1, 1))
                 return
-            batch.reply(rows[: batch.reply_rows])
+            if batch.reply_rows * job.hidden_size <= MOST_COPIED_ITEMS:
+                batch.reply(answers(batch.reply_rows, job.hidden_size))
+            else:
+                answer_in_place(batch, job.hidden_size)
 
 
 def ep_step(port: Port, group: EpGroup, job: Job, step_idx: int, made: tuple) -> None:  # type: ignore[type-arg]
@@ -99,11 +102,34 @@ def ep_step(port: Port, group: EpGroup, job: Job, step_idx: int, made: tuple) ->
     exchange = group.dispatch(
         tag=tag, hidden_states=hidden, topk_ids=ids, expert_rank=expert_rank, timeout_s=WAIT_S
     )
-    for batch in group.recv(tag, WAIT_S):
-        buffer = batch.answer_buffer(batch.reply_rows, job.hidden_size)
-        if buffer is not None:
-            batch.commit(batch.reply_rows, job.hidden_size)
+    answer(group, group.recv(tag, WAIT_S), job.hidden_size)
     group.combine(exchange, weights, hidden_size=job.hidden_size, timeout_s=WAIT_S)
+
+
+def answer(group: EpGroup, batches: list[Batch], hidden_size: int) -> None:
+    """With as many rows as there are pairs: small ones copied, large ones in place."""
+    num_rows = sum(batch.reply_rows for batch in batches)
+    if num_rows * hidden_size <= MOST_COPIED_ITEMS:
+        group.reply(batches, answers(num_rows, hidden_size))
+        return
+    for batch in batches:
+        answer_in_place(batch, hidden_size)
+
+
+def answer_in_place(batch: Batch, hidden_size: int) -> None:
+    """As an expert does that computes straight into its answer's place."""
+    if batch.answer_buffer(batch.reply_rows, hidden_size) is not None:
+        batch.commit(batch.reply_rows, hidden_size)
+
+
+def answers(num_rows: int, hidden_size: int) -> F32:
+    """[num_rows, hidden_size] as an expert that computes elsewhere has them."""
+    return ANSWERS[: num_rows * hidden_size].reshape(num_rows, hidden_size)
+
+
+MOST_COPIED_ITEMS = 16 << 10
+"""A view of the place of an answer takes longer than copying up to so many float32."""
+ANSWERS = np.zeros(MOST_COPIED_ITEMS, np.float32)
 
 
 def ep(port: Port, job: Job) -> None:

@@ -8,25 +8,28 @@ A collective: each rank of the group calls each verb once per tag, in this order
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
-from xdeepserve.errors import PeerLost, XcclTimeout
+from xdeepserve import _xccl
 from xdeepserve.xccl.batch import F32, I32, Array, Batch
 from xdeepserve.xccl.exchange import Exchange
 from xdeepserve.xccl.layout import Tag
-from xdeepserve.xccl.port import PeerState, Port
+from xdeepserve.xccl.port import Port
 
-_SLICE_S = 0.05
+STALE_EPOCH: int = _xccl.STALE_EPOCH
+"""`detail` of the refusal of what was dispatched in an epoch that this rank has left."""
 
 
 class EpGroup:
-    """The EP ranks of one port. Owns early arrivals: a rank may be one step ahead."""
+    """The EP ranks of one port. Owns early arrivals: a rank may be one step ahead.
+
+    After a loss the ranks that live dispatch the step again in the next epoch; what the old one
+    left behind is refused, so that its slots are free again.
+    """
 
     def __init__(self, port: Port, ranks: Sequence[int]) -> None:
         self._port = port
-        self._ranks = tuple(sorted(ranks))
-        self._early: dict[Tag, dict[int, Batch]] = {}
+        self._group = _xccl.EpGroup(port, sorted(ranks))
 
     def dispatch(
         self,
@@ -39,10 +42,8 @@ class EpGroup:
         timeout_s: float = 30.0,
     ) -> Exchange:
         """Sends rows to their experts' ranks, and word to all; as `Port.a2e`."""
-        exchange = self._port.exchange(hidden_states, quantize=quantize)
-        pairs, top_k = topk_ids.reshape(-1), topk_ids.shape[1]
-        exchange.add_routed(pairs, top_k, None, expert_rank, tag, 0, self._ranks)
-        exchange.post(timeout_s)
+        exchange = Exchange(self._port, hidden_states, None, quantize)
+        self._group.post(exchange, topk_ids, expert_rank, tag, timeout_s)
         return exchange
 
     def recv(self, tag: Tag, timeout_s: float = 30.0) -> list[Batch]:
@@ -52,39 +53,23 @@ class EpGroup:
             PeerLost: a rank that has not sent is dead or frozen.
             XcclTimeout: `ranks` lists those that have not sent.
         """
-        deadline = time.monotonic() + timeout_s
-        arrived = self._early.setdefault(tag, {})
-        while len(arrived) < len(self._ranks):
-            left_s = deadline - time.monotonic()
-            if not self._poll(max(0.0, min(left_s, _SLICE_S))):
-                self._check(tag, arrived, left_s)
-        del self._early[tag]
-        return [arrived[rank] for rank in self._ranks]
+        return self._group.recv(tag, timeout_s)
+
+    def reply(self, batches: list[Batch], rows: Array) -> None:
+        """Answers the batches with consecutive shares of rows [pairs of all, width], copied.
+
+        Large answers are better computed in place: `Batch.answer_buffer`.
+
+        Raises:
+            ValueError: more or fewer rows than pairs, or a batch was answered already.
+        """
+        self._group.reply(batches, rows)
 
     def combine(
         self, exchange: Exchange, topk_weights: F32, *, hidden_size: int, timeout_s: float = 30.0
     ) -> F32:
         """[T, H]: the weighted sum of the answers in slot order; releases the exchange."""
-        with exchange:
+        try:
             return exchange.e2a(topk_weights, hidden_size=hidden_size, timeout_s=timeout_s)
-
-    def _poll(self, timeout_s: float) -> bool:
-        """Takes what arrives; whether anything did."""
-        batches = self._port.poll(timeout_s)
-        for batch in batches:
-            self._early.setdefault(batch.tag, {})[batch.source_rank] = batch
-        return bool(batches)
-
-    def _check(self, tag: Tag, arrived: dict[int, Batch], left_s: float) -> None:
-        missing = tuple(rank for rank in self._ranks if rank not in arrived)
-        states = {rank: self._port.status_of(rank).state for rank in missing}
-        self._poll(0.0)  # what a rank sent before it left counts
-        lost = tuple(
-            rank
-            for rank, state in states.items()
-            if state is not PeerState.ALIVE and rank not in arrived
-        )
-        if lost:
-            raise PeerLost(f"dispatch {tag}: ranks {lost} are dead or frozen", lost)
-        if left_s <= 0:
-            raise XcclTimeout(f"dispatch {tag}: nothing from ranks {missing}", missing)
+        finally:
+            exchange.release()

@@ -7,7 +7,6 @@ a2e / add -> post -> wait -> combine | gather | replies -> release
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
@@ -15,7 +14,7 @@ from types import TracebackType
 import numpy as np
 
 from xdeepserve import _xccl
-from xdeepserve.xccl.batch import F32, I32, INT8_ROWS, Array, view_rows
+from xdeepserve.xccl.batch import F32, I32, Array
 from xdeepserve.xccl.layout import Tag
 
 
@@ -67,18 +66,6 @@ class Exchange(_xccl.Exchange):
     Made by `Port.exchange` or `Port.a2e`. Thread: the port's.
     """
 
-    def __init__(
-        self,
-        port: _xccl.Port,
-        rows: Array,
-        *,
-        scales: F32 | None,
-        quantize: bool,
-        segment_of: Callable[[int], Array],
-    ) -> None:
-        super().__init__(port, rows, scales, quantize)
-        self._segment_of = segment_of
-
     def add(
         self,
         rank: int,
@@ -113,22 +100,10 @@ class Exchange(_xccl.Exchange):
 
     def replies(self) -> list[Reply]:
         """The answers so far, in the order of parts; views in place."""
-        replies = []
-        for index in range(len(self.part_states())):
-            found = self.reply_of(index)
-            if found is None:
-                continue
-            rank, row_type, num_rows, row_bytes, scales_at, rows_at = found
-            base = self._segment_of(rank)
-            rows = view_rows(
-                base, row_type=row_type, num_rows=num_rows, row_bytes=row_bytes, offset=rows_at
-            )
-            scales: F32 | None = None
-            if row_type == INT8_ROWS:
-                scales = np.ndarray((num_rows,), np.float32, base.data, scales_at)
-            slots = np.array(self.slots_of(index), np.int32)
-            replies.append(Reply(rank, slots, rows, scales))
-        return replies
+        return [
+            Reply(rank, np.array(slots, np.int32), rows, scales)
+            for rank, slots, rows, scales in self.reply_views()
+        ]
 
     def e2a(self, topk_weights: F32, *, hidden_size: int, timeout_s: float = 30.0) -> F32:
         """Waits for all answers and combines them: [T, H], summed in slot order from 0.
@@ -142,9 +117,8 @@ class Exchange(_xccl.Exchange):
             PeerLost, XcclTimeout: as `wait`; `reroute` and call again.
             XcclError: a rank refused, or an answer has another shape.
         """
-        self.wait(timeout_s)
-        out = np.empty((topk_weights.shape[0], hidden_size), np.float32)
-        self.combine(topk_weights, out)
+        out = np.empty((len(topk_weights), hidden_size), np.float32)
+        self.wait_combine(topk_weights, out, timeout_s)
         return out
 
     def __enter__(self) -> Exchange:

@@ -18,7 +18,7 @@ from types import TracebackType
 
 from xdeepserve import _xccl
 from xdeepserve.errors import IntegrityError, SegmentError, XcclTimeout
-from xdeepserve.xccl.batch import F32, I32, Array, Batch
+from xdeepserve.xccl.batch import F32, I32, Array
 from xdeepserve.xccl.exchange import Exchange
 from xdeepserve.xccl.layout import Layout, Tag
 from xdeepserve.xccl.segments import SHM_FOLDER, list_segments
@@ -121,7 +121,6 @@ class Port(_xccl.Port):
         self.name = name
         super().__init__(run_id, name, rank, self.layout.to_native(), frozen_after_s)
         self._own = self.own_bytes()
-        self._segments: dict[int, tuple[int, Array]] = {}
         self._discovered_ns = 0
 
     # Life
@@ -224,7 +223,7 @@ class Port(_xccl.Port):
             scales: [T] float32, with int8 rows.
             quantize: float32 or bfloat16 rows travel as int8 with one scale each.
         """
-        return Exchange(self, rows, scales=scales, quantize=quantize, segment_of=self.segment_of)
+        return Exchange(self, rows, scales, quantize)
 
     def a2e(
         self,
@@ -256,32 +255,11 @@ class Port(_xccl.Port):
             ValueError: a request exceeds request_bytes, or an expert lives nowhere.
             PeerLost, XcclTimeout: while waiting for a slot.
         """
-        exchange = self.exchange(hidden_states, quantize=quantize)
-        exchange.add_routed(
-            topk_ids.reshape(-1), topk_ids.shape[1], None, expert_rank, tag, kind, []
-        )
-        exchange.post(timeout_s)
+        exchange = Exchange(self, hidden_states, None, quantize)
+        exchange.post_routed(topk_ids, expert_rank, tag, kind, timeout_s)
         return exchange
 
-    def poll(self, timeout_s: float = 0.0, max_requests: int = 64) -> list[Batch]:
-        """Whatever has arrived from any rank, oldest first per rank; [] at the deadline.
-
-        Sleeps until a request of anybody comes. Requests that their asker has given up are answered
-        on the way and not returned.
-        """
-        requests = self.poll_requests(timeout_s, max_requests)
-        return [Batch(self, r, self.segment_of(r.source_rank), self._own) for r in requests]
-
-    # Views and records
-
-    def segment_of(self, rank: int) -> Array:
-        """The attached segment of a peer as bytes, read-only; keeps it mapped while in use."""
-        incarnation = self.peer_incarnation(rank)
-        cached = self._segments.get(rank)
-        if cached is None or cached[0] != incarnation:
-            cached = (incarnation, self.peer_bytes(rank))
-            self._segments[rank] = cached
-        return cached[1]
+    # Records
 
     def trace_records(self) -> list[TraceRecord]:
         """Takes the records since the last call, oldest first; `open_trace(capacity)` starts."""

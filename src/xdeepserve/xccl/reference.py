@@ -19,7 +19,6 @@ from xdeepserve.xccl.reference_rows import (
     Array,
     ReferenceBatch,
     ReferenceExchange,
-    Request,
     Slots,
     check_alive,
 )
@@ -59,6 +58,7 @@ class ReferencePort:
         self.window = np.zeros(run.layout.window_bytes, np.uint8)
         self.streams: dict[int, _Stream] = {}  # to each rank
         self.slots: dict[int, Slots] = {}  # of requests, to each rank
+        self.turn = 0  # of the rank that is served first
 
     def forget(self, rank: int) -> None:
         """The peer has a new life: what was under way to the old one is gone."""
@@ -228,20 +228,30 @@ class ReferencePort:
         return exchange
 
     def poll(self, timeout_s: float = 0.0, max_requests: int = 64) -> list[ReferenceBatch]:
-        """As Port.poll, in rank order."""
+        """As Port.poll: ranks take turns, each oldest first."""
         arrived: list[ReferenceBatch] = []
-        for rank, asker in sorted(self.run.ports.items()):
-            for request in asker.slots_to(self.rank).published:
-                if not request.is_taken and len(arrived) < max_requests:
-                    self._take(rank, request, arrived)
+        while len(arrived) < max_requests:
+            batch = self._take()
+            if batch is None:
+                break
+            arrived.append(batch)
         return arrived
 
-    def _take(self, rank: int, request: Request, arrived: list[ReferenceBatch]) -> None:
-        request.is_taken = True
-        if request.is_cancelled:
-            request.is_answered = True
-        else:
-            arrived.append(ReferenceBatch(rank, request))
+    def _take(self) -> ReferenceBatch | None:
+        """The next request that is still wanted; those given up are answered on the way."""
+        for i in range(self.run.layout.max_ranks):
+            rank = (self.turn + i) % self.run.layout.max_ranks
+            asker = self.run.ports.get(rank)
+            for request in asker.slots_to(self.rank).published if asker else []:
+                if request.is_taken:
+                    continue
+                request.is_taken = True
+                if request.is_cancelled:
+                    request.is_answered = True
+                    continue
+                self.turn = rank + 1
+                return ReferenceBatch(rank, request)
+        return None
 
 
 class ReferenceSend:

@@ -14,6 +14,7 @@ from xdeepserve.xccl.exchange import Part, PartState, Reply, make_part
 from xdeepserve.xccl.layout import Layout, Tag
 
 Array = npt.NDArray[Any]
+_OWING = (PartState.PLANNED, PartState.WAITING)
 
 
 class Life(Protocol):
@@ -225,7 +226,7 @@ class ReferenceExchange:
         blocked = self._post()
         if blocked:
             check_alive(self._port.run.ports, blocked)
-            raise XcclTimeout(f"no slot to {blocked}", tuple(blocked))
+            raise XcclTimeout(f"no slot to {blocked}", self._owing())
 
     def _post(self) -> list[int]:
         blocked = []
@@ -272,14 +273,16 @@ class ReferenceExchange:
         lost = tuple(dict.fromkeys(p.rank for p in self._parts if p.state is PartState.LOST))
         if lost:
             raise PeerLost(f"ranks {lost} are gone", lost)
-        owing = (PartState.PLANNED, PartState.WAITING)
-        ranks = tuple(dict.fromkeys(p.rank for p in self._parts if p.state in owing))
+        ranks = self._owing()
         ports = self._port.run.ports
         for part in self._parts:
-            if part.state in owing and not ports[part.rank].is_alive:
+            if part.state in _OWING and not ports[part.rank].is_alive:
                 self._give_up(part, PartState.LOST)
         check_alive(ports, ranks)
         raise XcclTimeout(f"ranks {ranks} have not answered", ranks)
+
+    def _owing(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(p.rank for p in self._parts if p.state in _OWING))
 
     @property
     def parts(self) -> list[Part]:

@@ -12,7 +12,7 @@ from tests.multiproc.xccl.test_kill import (
     send_stream,
     serve_until_ended,
 )
-from tests.multiproc.xccl.workers import STOP, WAIT_S
+from tests.multiproc.xccl.workers import STOP, WAIT_S, layer_by_hand
 from xdeepserve.xccl import FORWARD, Port, Tag
 
 HIDDEN = 16
@@ -95,11 +95,3 @@ def test_two_askers_worth_of_microbatches_and_three_experts(run: Run, through: s
     stop(port, 1, 2, 3)
     for expert in experts:
         assert expert.end()[0] == 0
-
-
-def layer_by_hand(hidden: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    out = np.zeros(hidden.shape, np.float32)
-    for t, k in np.ndindex(*ids.shape):
-        if ids[t, k] >= 0:
-            out[t] += weights[t, k] * (hidden[t] * np.float32(ids[t, k] + 1))
-    return out

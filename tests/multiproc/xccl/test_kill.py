@@ -26,12 +26,12 @@ def ask(port: Port, to: int, step_idx: int, *, kind: int = 0, timeout_s: float =
         assert np.array_equal(reply.rows, ROWS * np.float32(2))
 
 
-def join_again(port: Port, run: Run, work: str, **arguments: object) -> Process:
-    """A new life of rank 1, linked with `port`."""
-    before = port.status_of(1).incarnation
-    process = run.start(work, rank=1, **arguments)
+def join_again(port: Port, run: Run, work: str, *, rank: int = 1, **arguments: object) -> Process:
+    """A new life of a rank, linked with `port`."""
+    before = port.status_of(rank).incarnation
+    process = run.start(work, rank=rank, **arguments)
     deadline = time.monotonic() + WAIT_S
-    while port.status_of(1).incarnation == before or not port.is_linked(1):
+    while port.status_of(rank).incarnation == before or not port.is_linked(rank):
         port.discover()
         assert time.monotonic() < deadline
     return process

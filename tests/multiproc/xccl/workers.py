@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import numpy as np
 from tests.multiproc.xccl.processes import LAYOUT
 from xdeepserve import _xccl
 from xdeepserve.errors import PeerLost
-from xdeepserve.xccl import EpGroup, Port, Tag, Trampoline
+from xdeepserve.xccl import Batch, EpGroup, Port, Tag, Trampoline
 from xdeepserve.xccl.port import FORWARD
 
 STOP = 99  # kind of a request that ends a server
 SIZES = (8, 5000, 40, 30000, 0, 4096)  # of the messages of a stream: one line, one slot, several
 WAIT_S = 20.0
+EP_WIDTH = 16
 
 
 def message(index: int) -> np.ndarray:
@@ -32,6 +34,8 @@ def port_of(run_id: str, arguments: dict[str, Any]) -> Port:
         _xccl.arm_fault(arguments["fault"], arguments.get("countdown", 1))
     frozen_after_s = arguments.get("frozen_after_s", 5.0)
     port = Port(run_id, f"r{rank}", rank, layout=LAYOUT, frozen_after_s=frozen_after_s)
+    if arguments.get("trace"):
+        port.open_trace(64)
     port.wait_linked(arguments.get("peers", [0]), WAIT_S)
     if "fault" in arguments:
         _xccl.arm_fault(arguments["fault"], arguments.get("countdown", 1))
@@ -55,6 +59,7 @@ def expert(port: Port, arguments: dict[str, Any]) -> Any:
     trampoline = Trampoline(port, hidden_size=arguments["hidden_size"])
     owners = np.array(arguments["owners"], np.int32)
     while True:
+        port.discover_news()
         port.wait_any(trampoline.exchanges, 0.2, True)
         trampoline.progress()
         for batch in port.poll():
@@ -124,31 +129,65 @@ def putter(port: Port, arguments: dict[str, Any]) -> Any:
 def ep_rank(port: Port, arguments: dict[str, Any]) -> Any:
     """One rank of a colocated EP group: dispatch, recv, compute, combine, checked."""
     ranks = arguments["ranks"]
-    group = EpGroup(port, ranks)
-    owners = np.repeat(np.array(ranks, np.int32), 2)
-    rng = np.random.default_rng(port.rank)
-    for step_idx in range(int(arguments["steps"])):
-        num_tokens = int(rng.integers(1, 9))
-        hidden = rng.standard_normal((num_tokens, 16), dtype=np.float32)
-        ids = rng.integers(-1, len(owners), (num_tokens, 2)).astype(np.int32)
-        weights = rng.random((num_tokens, 2), dtype=np.float32)
-        tag = Tag(1, step_idx, 0, 0)
-        exchange = group.dispatch(tag=tag, hidden_states=hidden, topk_ids=ids, expert_rank=owners)
-        for batch in group.recv(tag, WAIT_S):
-            out = [batch.rows[row] * np.float32(e + 1) for row, e in batch.pairs]
-            batch.reply(np.array(out, np.float32).reshape(-1, 16))
-        got = group.combine(exchange, weights, hidden_size=16, timeout_s=WAIT_S)
-        expected = np.zeros((num_tokens, 16), np.float32)
-        for t, k in np.ndindex(*ids.shape):
-            if ids[t, k] >= 0:
-                expected[t] += weights[t, k] * (hidden[t] * np.float32(ids[t, k] + 1))
-        assert np.array_equal(got, expected)
+    member = EpMember(port, ranks)
+    first, end = arguments.get("first_step", 0), int(arguments["steps"])
+    for step_idx in range(first, end):
+        member.begin(Tag(arguments.get("epoch", 1), step_idx, 0, 0))
+        member.serve()
+        member.finish()
+    leave(port, ranks)
+    port.wait_signal(0, len(ranks), WAIT_S, ranks)
+    return {"steps": end - first}
+
+
+def leave(port: Port, ranks: Sequence[int]) -> None:
+    """Says that all is done: who closes its port before the others have all they need is lost."""
     port.check_integrity()
-    # Leaving tells the others that this life is over: not before they have all they need.
     for rank in ranks:
         port.add(rank, 0, 1)
-    port.wait_signal(0, len(ranks), WAIT_S, ranks)
-    return {"steps": arguments["steps"]}
+
+
+class EpMember:
+    """One rank's step of an EP group, verb by verb; its rows follow from the rank and the step."""
+
+    def __init__(self, port: Port, ranks: Sequence[int]) -> None:
+        self.port = port
+        self.owners = np.repeat(np.array(ranks, np.int32), 2)
+        self.group = EpGroup(port, ranks)
+        self.batches: list[Batch] = []
+
+    def begin(self, tag: Tag) -> None:
+        rng = np.random.default_rng([self.port.rank, tag.step_idx])
+        num_tokens = int(rng.integers(1, 9))
+        self.tag = tag
+        self.hidden = rng.standard_normal((num_tokens, EP_WIDTH), dtype=np.float32)
+        self.ids = rng.integers(-1, len(self.owners), (num_tokens, 2)).astype(np.int32)
+        self.weights = rng.random((num_tokens, 2), dtype=np.float32)
+        self.exchange = self.group.dispatch(
+            tag=tag, hidden_states=self.hidden, topk_ids=self.ids, expert_rank=self.owners
+        )
+
+    def serve(self) -> None:
+        self.batches = self.group.recv(self.tag, WAIT_S)
+        while self.batches:
+            batch = self.batches.pop()
+            out = [batch.rows[row] * np.float32(e + 1) for row, e in batch.pairs]
+            batch.reply(np.array(out, np.float32).reshape(-1, EP_WIDTH))
+
+    def finish(self) -> None:
+        got = self.group.combine(
+            self.exchange, self.weights, hidden_size=EP_WIDTH, timeout_s=WAIT_S
+        )
+        assert np.array_equal(got, layer_by_hand(self.hidden, self.ids, self.weights))
+
+
+def layer_by_hand(hidden: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[T, H]: what experts that multiply by (expert + 1) and the weighted sum give together."""
+    out = np.zeros(hidden.shape, np.float32)
+    for t, k in np.ndindex(*ids.shape):
+        if ids[t, k] >= 0:
+            out[t] += weights[t, k] * (hidden[t] * np.float32(ids[t, k] + 1))
+    return out
 
 
 def idle(port: Port, arguments: dict[str, Any]) -> Any:

@@ -1,13 +1,14 @@
-"""When to rebalance: thresholds, confirmation, cooldown, choice of layers."""
+"""When to rebalance: thresholds, evidence of two windows, cooldown, choice of layers."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 
 from xdeepserve.eplb import (
     ExpertPlacement,
-    PolicyState,
     RebalanceDecision,
     RebalancePolicy,
     decide,
@@ -20,18 +21,15 @@ TARGET = CURRENT.with_physical([[0, 2, 1, 3], [0, 1, 2, 3], [0, 3, 1, 2]])
 
 
 def ask(
-    *,
+    *windows: np.ndarray,
     policy: RebalancePolicy | None = None,
-    state: PolicyState | None = None,
-    now_s: float = 1000.0,
-    load: np.ndarray = LOAD,
+    since_last_s: float = math.inf,
     target: ExpertPlacement = TARGET,
 ) -> RebalanceDecision:
     return decide(
-        policy or RebalancePolicy(confirmations=1),
-        state or PolicyState(),
-        now_s=now_s,
-        load=load,
+        policy or RebalancePolicy(min_tokens_per_expert=32.0),
+        since_last_s=since_last_s,
+        windows=windows or (LOAD, LOAD),
         current=CURRENT,
         target=target,
     )
@@ -41,33 +39,63 @@ def test_layers_that_gain_are_migrated_largest_gain_first() -> None:
     decision = ask()
     assert decision.layers == (0, 2)
     assert decision.gain == pytest.approx((300 + 0 + 300) / (800 + 500 + 900))
-    assert decision.state == PolicyState(last_rebalance_s=1000.0)
-    assert ask(load=LOAD * [[1], [1], [2]]).layers == (2, 0)
+    assert ask(*[LOAD * [[1], [1], [2]]] * 2).layers == (2, 0)
 
 
-def test_a_small_gain_is_left_alone_and_resets_the_confirmation() -> None:
-    decision = ask(state=PolicyState(num_confirmed=1), target=CURRENT)
-    assert decision.layers == ()
-    assert decision.state.num_confirmed == 0
+def test_a_small_gain_is_left_alone() -> None:
+    assert ask(target=CURRENT).layers == ()
 
 
-def test_a_gain_must_be_confirmed() -> None:
-    policy = RebalancePolicy(confirmations=2)
-    first = ask(policy=policy)
-    assert first.layers == ()
-    assert ask(policy=policy, state=first.state).layers == (0, 2)
+def test_one_window_is_not_enough() -> None:
+    assert ask(LOAD).layers == ()
+    one = RebalancePolicy(num_windows=1, min_tokens_per_expert=32.0)
+    assert ask(LOAD, policy=one).layers == (0, 2)
 
 
-def test_cooldown_holds_back_and_keeps_the_confirmation() -> None:
-    state = PolicyState(last_rebalance_s=950.0)
-    early = ask(state=state)
-    assert (early.layers, early.state.num_confirmed) == ((), 1)
-    assert ask(state=early.state, now_s=1010.0).layers == (0, 2)
+def test_the_skew_must_be_the_same_one_in_both_windows() -> None:
+    against = LOAD[:, [0, 2, 1, 3]]
+    for other in (against, np.full_like(LOAD, 250)):
+        assert ask(other, LOAD).layers == ()
+        assert ask(LOAD, other).layers == ()
+        assert ask(other, LOAD, LOAD).layers == (0, 2)
 
 
-def test_noise_is_not_followed() -> None:
-    assert ask(load=LOAD / 100).layers == ()
-    assert ask(load=LOAD * 0).layers == ()
+def test_a_layer_that_gains_in_one_window_only_stays() -> None:
+    other = LOAD.copy()
+    other[2] = [100, 300, 100, 600]
+    decision = ask(LOAD, other)
+    assert decision.layers == (0,)
+    before, saved = 800 + 500 + 700, 300 + 0 + 0
+    assert decision.gain == pytest.approx(saved / before)
+
+
+def test_a_layer_with_few_tokens_stays_whatever_the_others_have() -> None:
+    few = LOAD * [[1], [1], [0.1]]
+    decision = ask(LOAD, few)
+    assert decision.layers == (0,)
+    assert decision.gain == pytest.approx(300 / (800 + 500))
+
+
+def test_a_quiet_window_is_no_evidence() -> None:
+    assert ask(LOAD / 100, LOAD).layers == ()
+    assert ask(LOAD, LOAD / 100).layers == ()
+    assert ask(LOAD * 0, LOAD * 0).layers == ()
+
+
+def test_cooldown_holds_back() -> None:
+    early = ask(since_last_s=50.0)
+    assert (early.layers, early.reason) == ((), "the last rebalance is too recent")
+    assert ask(since_last_s=60.0).layers == (0, 2)
+
+
+def test_a_single_stream_is_too_little_by_default() -> None:
+    """Ten seconds of a stream of 100 tokens/s, top 2 of 8 experts, all on one worker."""
+    placed = ExpertPlacement.contiguous(num_layers=1, num_experts=8, num_ranks=2)
+    better = placed.with_physical([[0, 2, 4, 6, 1, 3, 5, 7]])
+    stream = np.array([[1000, 1000, 0, 0, 0, 0, 0, 0]])
+    arguments = {"since_last_s": math.inf, "current": placed, "target": better}
+    assert decide(RebalancePolicy(), windows=[stream] * 2, **arguments).layers == ()
+    assert decide(RebalancePolicy(), windows=[stream * 32] * 2, **arguments).layers == (0,)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +103,7 @@ def test_noise_is_not_followed() -> None:
     [
         {"start_gain": 0.01, "layer_gain": 0.02},
         {"start_gain": 1.0},
-        {"confirmations": 0},
+        {"num_windows": 0},
         {"cooldown_s": -1.0},
         {"min_tokens_per_expert": 0.0},
     ],

@@ -100,6 +100,19 @@ async def test_a_lost_gateway_leaves_nothing_running(tmp_path: Path) -> None:
     await group.server.close(drain_timeout_s=0.0)
 
 
+async def test_a_disconnection_that_is_meant_is_no_warning(
+    group: Group, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    engine = await connect(group.path)
+    engine._client._connection.abort()
+    await until(lambda: "is lost with" in caplog.text)
+    await until(engine.is_alive)
+    await engine.close(drain_timeout_s=0.0)
+    lost = [record.levelname for record in caplog.records if "is lost with" in record.message]
+    assert lost == ["WARNING", "INFO"]
+
+
 async def test_a_gateway_that_does_not_read_is_given_up(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from xdeepserve.launch.supervisor.balancer import Balancer
 from xdeepserve.testing.fake_clock import FakeClock
 
 SHAPE = ModelShape(name="moe", num_experts=8, has_ffn=True, num_layers=3, hidden_size=8, top_k=2)
-HOT = np.array([400, 300, 10, 10, 10, 10, 10, 10])
+HOT = np.array([4000, 3000, 100, 100, 100, 100, 100, 100])
 """Tokens of each expert; the first two are on the same worker at the start."""
 
 
@@ -62,9 +62,15 @@ class Run:
         assert self.balancer.placement is not None
         self.published.append(self.balancer.placement)
 
-    def place(self, experts: int, *, ready: int | None = None) -> Placement:
+    def place(
+        self, experts: int, *, ready: int | None = None, failed: Sequence[int] = ()
+    ) -> Placement:
         ranks = [("expert", rank) for rank in range(experts)]
-        return self.balancer.place(wanted=ranks, ready=ranks[:ready])
+        return self.balancer.place(
+            wanted=ranks,
+            ready=[rank for rank in ranks[:ready] if rank[1] not in failed],
+            failed=[("expert", rank) for rank in failed],
+        )
 
     async def look_after(self, seconds: float) -> None:
         self.clock.advance(seconds)
@@ -117,9 +123,35 @@ async def test_a_lasting_skew_moves_experts_and_lowers_the_peak() -> None:
 async def test_an_even_load_moves_nothing() -> None:
     run = Run()
     for _ in range(6):
-        run.workers.count(np.full(8, 100))
+        run.workers.count(np.full(8, 1000))
         await run.look_after(11.0)
     assert run.published == []
+
+
+async def test_a_trivial_load_moves_nothing_however_skewed_and_long() -> None:
+    run = Run()
+    for _ in range(20):
+        run.workers.count(HOT // 10)
+        await run.look_after(11.0)
+    assert run.published == []
+
+
+async def test_a_skew_of_one_window_moves_nothing() -> None:
+    run = Run()
+    for tokens in (HOT, np.full(8, 1000)) * 6:
+        run.workers.count(tokens)
+        await run.look_after(11.0)
+    assert run.published == []
+
+
+async def test_experts_move_once_for_a_lasting_skew() -> None:
+    run = Run()
+    for _ in range(20):
+        run.workers.count(HOT)
+        await run.look_after(11.0)
+    heat = run.balancer.heat()
+    assert heat is not None
+    assert heat.num_migrations == 1
 
 
 async def test_a_new_rank_gets_experts_by_migration_once_it_can_serve() -> None:
@@ -221,6 +253,48 @@ async def test_a_crashed_rank_keeps_its_place() -> None:
     run = Run(experts=2)
     assert run.place(2, ready=1) is run.balancer.placement
     assert run.place(2, ready=1).epoch == 0
+
+
+async def test_a_failed_rank_gives_its_work_to_the_others_until_it_is_back() -> None:
+    run = Run(experts=3)
+    assert run.place(3, failed=[1]).expert == (0, 2)
+    assert run.place(3, failed=[1]).epoch == 1, "it is dropped once"
+    assert run.balancer.num_dropped == 1
+    assert run.balancer.placement is not None
+    assert (expert_placement(run.balancer.placement, 8).num_replicas >= 1).all()
+    # Started again, it joins when it can serve, and is filled like a new rank.
+    assert run.place(3, ready=1).expert == (0, 2)
+    assert run.place(3).expert == (0, 1, 2)
+    await run.look_after(0.0)
+    check_epochs_and_completeness(run)
+    assert idle_ranks(run.balancer.placement) == ()
+
+
+async def test_the_groups_compute_the_experts_while_every_rank_has_failed() -> None:
+    run = Run(experts=2)
+    nobody = run.place(2, failed=[0, 1])
+    assert (nobody.expert, nobody.table) == ((), [[]] * 3)
+    assert run.balancer.num_dropped == 2
+    assert run.place(2, ready=0) is nobody
+    back = run.place(2, ready=1)
+    assert back.expert == (0,)
+    assert (expert_placement(back, 8).num_replicas == 1).all()
+    run.place(2)
+    await run.look_after(0.0)
+    check_epochs_and_completeness(run)
+    assert run.balancer.placement is not None
+    assert idle_ranks(run.balancer.placement) == ()
+
+
+async def test_a_failed_ffn_rank_is_dropped() -> None:
+    run = Run(experts=1)
+    both = [("ffn", 0), ("ffn", 1)]
+    run.balancer.place(wanted=[*both, ("expert", 0)], ready=[*both, ("expert", 0)])
+    placement = run.balancer.place(
+        wanted=[*both, ("expert", 0)], ready=[("ffn", 1), ("expert", 0)], failed=[("ffn", 0)]
+    )
+    assert placement.ffn == (1,)
+    assert run.balancer.num_dropped == 1
 
 
 async def test_a_migration_ends_when_the_workers_change() -> None:

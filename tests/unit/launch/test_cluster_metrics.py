@@ -53,6 +53,7 @@ STATUS = Status(
         "expert1": Heartbeat(progress=9, load={"rows": 640, "new": 1}, stage_s={"expert": 2.5}),
         "gone": Heartbeat(progress=1, load={"rows": 1}),
     },
+    num_dropped=2,
 )
 
 
@@ -75,6 +76,7 @@ def test_a_status() -> None:
         "cluster_status_age_seconds 2.5",
         "membership_epoch 12.0",
         "routing_epoch 3.0",
+        "workers_dropped_total 2.0",
         'workers_wanted{role="attention"} 1.0',
         'workers_wanted{role="expert"} 2.0',
         'worker_up{role="attention",worker="dp0"} 1.0',
@@ -100,9 +102,48 @@ def test_the_heat_of_experts() -> None:
         num_moves=9,
         is_migrating=False,
         placement_epoch=3,
+        rank_ratios={0: 1.25, 3: 0.75},
     )
     collector.take(msgspec.structs.replace(STATUS, expert_heat=heat))
-    assert {"expert_load_peak_over_mean 1.25", "expert_moves_total 9.0"} <= scrape(collector)
+    assert {
+        "expert_load_peak_over_mean 1.25",
+        "expert_moves_total 9.0",
+        'expert_rank_load_ratio{worker="expert0"} 1.25',
+        'expert_rank_load_ratio{worker="expert3"} 0.75',
+    } <= scrape(collector)
+
+
+def with_group(incarnation: int, load: dict[str, float] | None) -> Status:
+    """STATUS with another life of dp0; load None = it has sent no heartbeat."""
+    group = msgspec.structs.replace(GROUP, incarnation=incarnation)
+    membership = msgspec.structs.replace(STATUS.membership, members=(group, EXPERT))
+    beats = {} if load is None else {"dp0": Heartbeat(progress=1, load=load)}
+    return msgspec.structs.replace(STATUS, membership=membership, heartbeats=beats)
+
+
+def test_failovers_and_fallbacks_grow_over_all_lives_of_a_group() -> None:
+    collector = ClusterCollector(FakeClock())
+    shown = []
+    for status in (
+        with_group(1, {"failovers": 3, "fallbacks": 1}),
+        with_group(1, {"failovers": 4, "fallbacks": 1}),
+        with_group(1, None),
+        with_group(2, {"failovers": 0, "fallbacks": 0}),
+        with_group(2, {"failovers": 2, "fallbacks": 5}),
+    ):
+        collector.take(status)
+        samples = [line.split() for line in scrape(collector)]
+        shown.append(
+            {
+                name.partition("{")[0]: float(value)
+                for name, value in samples
+                if "failovers" in name or "fallbacks" in name
+            }
+        )
+    failovers = [families["worker_failovers_total"] for families in shown]
+    fallbacks = [families["worker_fallbacks_total"] for families in shown]
+    assert failovers == [3, 4, 4, 4, 6]
+    assert fallbacks == [1, 1, 1, 1, 6]
 
 
 def test_a_colocated_group() -> None:

@@ -46,8 +46,11 @@ def test_complete_file() -> None:
 
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "the file must be a mapping, not empty"),
-    "a list": (b"- model", "the file must be a mapping, not list"),
-    "a word": (b"model", "the file must be a mapping, not str"),
+    "a list": (b"- model", "the file must be a mapping, not a list: ['model']"),
+    "a list of nothing": (b"- ", "the file must be a mapping, not a list: [None]"),
+    "an empty list": (b"[]", "the file must be a mapping, not a list: []"),
+    "a number": (b"3.5", "the file must be a mapping, not a number: 3.5"),
+    "a word": (b"model", "the file must be a mapping, not text: model"),
     "not YAML": (b"model: [", "not valid YAML"),
     "not text": (b"model: \xff\xfe", "not valid YAML"),
     "a tab": (b"roles:\n\tffn: {}", "not valid YAML"),
@@ -64,8 +67,11 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "an unknown key of a role": (b"roles: {ffn: {slices: []}}", "roles.ffn.slices is not a known"),
     "a number as key": (b"1: x", "1 is not a known key"),
     "model is a number": (b"model: 7", "model: expected `str`, got `int`"),
-    "roles is a list": (b"roles: [attention]", "roles must be a mapping, not list"),
-    "a role is a number": (b"roles: {ffn: 2}", "roles.ffn must be a mapping, not int"),
+    "roles is a list": (
+        b"roles: [attention]",
+        "roles must be a mapping, not a list: ['attention']",
+    ),
+    "a role is a number": (b"roles: {ffn: 2}", "roles.ffn must be a mapping, not a number: 2"),
     "a role is null": (b"roles: {ffn: }", "roles.ffn must be a mapping, not empty"),
     "count is text": (b"roles: {ffn: {count: '2'}}", "roles.ffn.count: expected `int`, got `str`"),
     "count is a fraction": (b"roles: {ffn: {count: 1.5}}", "roles.ffn.count: expected `int`"),
@@ -153,6 +159,24 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert overridden.counts() == {"attention": 2, "ffn": 1, "expert": 4}
     assert overridden.roles.expert.slices == ()
     assert overridden.limits == from_file.limits
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "pin"),
+    [
+        (b"", [], True),
+        (b"pin: false", [], False),
+        (b"pin: false", ["--pin"], True),
+        (b"pin: true", ["--no-pin"], False),
+    ],
+)
+def test_pinning_is_the_default_and_can_be_switched(
+    text: bytes, flags: list[str], pin: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "deployment.yaml"
+    path.write_bytes(text or b"{}")
+    args = parse_serve("model", "--deployment", str(path), *flags)
+    assert serve.deployment_from_args(args).pin is pin
 
 
 def test_a_model_must_be_named() -> None:

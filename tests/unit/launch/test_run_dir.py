@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +28,17 @@ from xdeepserve.launch.run_dir import (
     living_runs,
     lock_holder,
 )
+
+HOLD_LOCK = [
+    sys.executable,
+    "-c",
+    "import pathlib, sys, threading\n"
+    "from xdeepserve.launch.run_dir import IdentityLock\n"
+    "lock = IdentityLock(pathlib.Path(sys.argv[1]))\n"
+    "print(flush=True)\n"
+    "threading.Event().wait()",
+]
+"""A process that holds a lock file, as a worker of some other run would."""
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +108,63 @@ def test_foreign_folders_are_no_runs(folder: Path) -> None:
     for name in ("xds-1234", "xds-12345678", "missing"):
         with pytest.raises(ConfigError, match="is no run directory"):
             RunDirectory.open(folder / name)
+
+
+@pytest.fixture
+def segment() -> Iterator[Path]:
+    """A segment as of a run whose folder somebody else may have made."""
+    path = SHM_FOLDER / f"xds-{secrets.token_hex(4)}-test"
+    path.touch()
+    yield path
+    path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("kind", ["link to a run", "link", "file", "open to others"])
+def test_cleaning_leaves_alone_what_is_no_run_folder(
+    folder: Path, segment: Path, kind: str
+) -> None:
+    run_id = segment.name.split("-")[1]
+    name, other = folder / f"xds-{run_id}", folder / "other"
+    other.mkdir(mode=0o700)
+    if kind == "link to a run":
+        real = other / "xds-00000000"
+        real.mkdir(mode=0o700)
+        name.symlink_to(real)
+    elif kind == "link":
+        name.symlink_to(other)
+    elif kind == "file":
+        name.touch(mode=0o700)
+    else:
+        name.mkdir(mode=0o755)
+    bystander = subprocess.Popen([*HOLD_LOCK, str(other / "dp0.lock")], stdout=subprocess.PIPE)
+    with bystander:
+        assert bystander.stdout is not None
+        bystander.stdout.readline()
+        assert clean_dead_runs() == [] == find_runs()
+        assert bystander.poll() is None
+        bystander.kill()
+    assert segment.exists()
+    with pytest.raises(ConfigError, match="no link"):
+        RunDirectory.open(name)
+
+
+def test_segments_of_other_users_and_other_kinds_are_not_unlinked(
+    segment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = segment.name.split("-")[1]
+    run, lease = create_run()
+    same_name = RunDirectory(run.path, run_id)
+    link = SHM_FOLDER / f"xds-{run_id}-link"
+    link.symlink_to(run.path / "lease")
+    assert same_name.shared_segments() == [segment]
+    uid = os.geteuid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: uid + 1)
+        assert same_name.shared_segments() == []
+        assert find_runs() == []
+    link.unlink()
+    lease.release()
+    run.remove()
 
 
 def test_a_folder_that_cannot_be_written(folder: Path) -> None:

@@ -92,6 +92,15 @@ def test_failed_question_is_reported_and_not_kept() -> None:
     assert (session.history, num_failed) == ([], 1)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal; what a shell starts in the background ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
     async def endless_first(request: FakeRequest, reply: Reply) -> None:
         if len(server.requests) > 1:

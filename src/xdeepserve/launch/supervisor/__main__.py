@@ -17,8 +17,9 @@ from pathlib import Path
 from setproctitle import setproctitle
 
 from xdeepserve.errors import XDeepServeError
+from xdeepserve.launch.failure_note import leave_note
 from xdeepserve.launch.logs import setup_logging
-from xdeepserve.launch.run_dir import IdentityLock, RunDirectory
+from xdeepserve.launch.run_dir import IdentityLock, RunDirectory, run_id_of
 from xdeepserve.launch.service import load_service
 from xdeepserve.launch.supervisor.messages import SUPERVISOR_NAME
 from xdeepserve.launch.supervisor.supervisor import Supervisor
@@ -32,15 +33,24 @@ TITLE = f"xds:{SUPERVISOR_NAME}"
 def main(arguments: list[str]) -> int:
     """Supervise the run in the given directory; returns the exit code."""
     setproctitle(TITLE)
-    setup_logging(TITLE)
+    path = Path(arguments[0])
+    setup_logging(TITLE, run_id=run_id_of(path))
     try:
-        run = RunDirectory.open(Path(arguments[0]))
+        run = RunDirectory.open(path)
         # Never released: there is one supervisor at a time.
         IdentityLock(run.lock_path(SUPERVISOR_NAME))
-        return asyncio.run(_supervise(run))
+        return _work(run)
     except XDeepServeError as exc:
         logger.error("the supervisor ends: %s", exc.message)
         return EXIT_FAILED
+
+
+def _work(run: RunDirectory) -> int:
+    try:
+        return asyncio.run(_supervise(run))
+    except Exception as exc:  # loop top: the gateway can read why it ends
+        leave_note(run, SUPERVISOR_NAME, exc)
+        raise
 
 
 async def _supervise(run: RunDirectory) -> int:

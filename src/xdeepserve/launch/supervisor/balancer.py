@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -27,7 +28,6 @@ from xdeepserve.eplb import (
     ExpertMove,
     ExpertPlacement,
     Phase,
-    PolicyState,
     RebalancePolicy,
     decide,
     migrate,
@@ -45,8 +45,14 @@ from xdeepserve.launch.placement import (
     ranks_in_use,
     with_experts,
 )
-from xdeepserve.launch.plan import ModelShape, expert_slices
-from xdeepserve.launch.supervisor.expert_load import ExpertLoad, hottest_expert, peak_over_mean
+from xdeepserve.launch.plan import ModelShape, expert_slices, worker_name
+from xdeepserve.launch.supervisor.expert_heat import (
+    hottest_expert,
+    layer_heats,
+    peak_over_mean,
+    rank_ratios,
+)
+from xdeepserve.launch.supervisor.expert_load import ExpertLoad
 from xdeepserve.launch.supervisor.messages import ExpertHeat
 
 logger = logging.getLogger(__name__)
@@ -77,6 +83,7 @@ class Balancer:
 
     Attributes:
         placement: in force; None before the first `place`.
+        num_dropped: how often the work of a FAILED worker was given to others.
     """
 
     def __init__(
@@ -100,6 +107,7 @@ class Balancer:
             sleep: between two ticks.
         """
         self.placement: Placement | None = None
+        self.num_dropped = 0
         self._shape = shape
         self._deployment = deployment
         self._workers = workers
@@ -108,7 +116,7 @@ class Balancer:
         self._sleep = sleep
         interval_s = deployment.roles.expert.rebalance_interval_s
         self._policy = RebalancePolicy(cooldown_s=COOLDOWN_INTERVALS * interval_s)
-        self._policy_state = PolicyState()
+        self._rebalanced_s = -math.inf
         self._interval_s = interval_s
         self._next_s = clock.monotonic() + interval_s
         self._load = ExpertLoad(shape) if shape.num_experts else None
@@ -121,15 +129,22 @@ class Balancer:
     # -- workers come and go --------------------------------------------------------------------
 
     def place(
-        self, *, wanted: Collection[tuple[str, int]], ready: Collection[tuple[str, int]]
+        self,
+        *,
+        wanted: Collection[tuple[str, int]],
+        ready: Collection[tuple[str, int]],
+        failed: Collection[tuple[str, int]] = (),
     ) -> Placement:
         """The placement for the workers of now; the present one when it still fits.
 
         Args:
             wanted: (role, rank) of the workers that should run.
             ready: of those that can serve.
+            failed: of those that are not started again by themselves.
         """
         current = self.placement
+        self._note_dropped(current, failed)
+        wanted = set(wanted) - set(failed)
         ffn = self._in_use("ffn", None if current is None else current.ffn, wanted, ready)
         expert = self._in_use("expert", None if current is None else current.expert, wanted, ready)
         if current is None:
@@ -140,6 +155,13 @@ class Balancer:
             self._joined.set()
         assert self.placement is not None, "it was made above"
         return self.placement
+
+    def _note_dropped(self, current: Placement | None, failed: Collection[tuple[str, int]]) -> None:
+        in_use = {} if current is None else {"ffn": current.ffn, "expert": current.expert}
+        for role, rank in sorted(failed):
+            if rank in in_use.get(role, ()):
+                self.num_dropped += 1
+                logger.warning("%s has failed; others get its work", worker_name(role, rank))
 
     @staticmethod
     def _in_use(
@@ -203,27 +225,26 @@ class Balancer:
             load.roll()
 
     async def _consider(self, load: ExpertLoad) -> None:
-        """Migrate if the load asks for it."""
-        origin, recent = self.placement, load.recent()
-        if origin is None or len(origin.expert) < 2 or not recent.any():
+        """Migrate if the load of the windows that are over asks for it."""
+        origin, windows = self.placement, load.windows()
+        if origin is None or len(origin.expert) < 2 or not windows[-1].any():
             return
         replicas = self._replicas(len(origin.expert))
         current, target = await asyncio.to_thread(plan_experts, origin, load.prior(), replicas)
+        now_s = self._clock.monotonic()
         decision = decide(
             self._policy,
-            self._policy_state,
-            now_s=self._clock.monotonic(),
-            load=recent,
+            since_last_s=now_s - self._rebalanced_s,
+            windows=windows,
             current=current,
             target=target,
         )
-        self._policy_state = decision.state
         if not decision.layers:
             logger.debug("experts stay where they are: %s", decision.reason)
             return
         logger.info("rebalancing %d layers: %s", len(decision.layers), decision.reason)
-        if not await self._migrate(origin, current, target, decision.layers):
-            self._policy_state = PolicyState()
+        if await self._migrate(origin, current, target, decision.layers):
+            self._rebalanced_s = now_s
 
     async def rebalance(self, report: ExpertLoadReport | None) -> None:
         """Migrate now, for the load reported or counted; returns when the experts have moved.
@@ -289,7 +310,8 @@ class Balancer:
                 await self._sleep(TICK_INTERVAL_S)
         self._num_moves += num_moves
         self._num_migrations += bool(num_moves)
-        logger.info("moved %d experts; routing epoch %d", num_moves, origin.epoch)
+        numbers = {"num_moves": num_moves, "routing_epoch": origin.epoch}
+        logger.info("moved %d experts; routing epoch %d", *numbers.values(), extra=numbers)
         return True
 
     async def _load_experts(self, ranks: tuple[int, ...], moves: Sequence[ExpertMove]) -> None:
@@ -320,4 +342,6 @@ class Balancer:
             num_moves=self._num_moves,
             is_migrating=self._migrating.locked(),
             placement_epoch=self.placement.epoch,
+            rank_ratios=rank_ratios(load, placed, self.placement.expert),
+            layers=layer_heats(load, placed, self.placement.expert),
         )

@@ -10,7 +10,7 @@ from typing import Any, Final
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.control import ControlClient
 from xdeepserve.eplb import ExpertLoadReport
-from xdeepserve.errors import ConnectionLost
+from xdeepserve.errors import ConnectionLost, DeadlineExceeded
 from xdeepserve.launch.run_dir import RunDirectory
 from xdeepserve.launch.supervisor.messages import (
     SUPERVISOR_NAME,
@@ -26,7 +26,9 @@ CONNECT_TIMEOUT_S: Final = 2.0
 CALL_TIMEOUT_S: Final = 10.0
 REBALANCE_TIMEOUT_S: Final = 600.0
 """Thousands of experts move in small ticks."""
-RESTART_TIMEOUT_S: Final = 5.0
+RESTART_TIMEOUT_S: Final = 15.0
+"""From the first failure until a new supervisor answers: the gateway notices one that hangs within
+its ping interval and timeout, kills it and starts another one."""
 RETRY_S: Final = 0.05
 
 
@@ -51,7 +53,8 @@ async def status_of(run: RunDirectory) -> Status:
     """Membership and heartbeats.
 
     Raises:
-        ConnectionLost, DeadlineExceeded: there is no supervisor, also not after a while.
+        ConnectionLost, DeadlineExceeded: there is no supervisor, also not after a while;
+            or the run has ended.
     """
     status: Status = await _call(run, GetStatus())
     return status
@@ -62,7 +65,8 @@ async def scale_run(run: RunDirectory, counts: Mapping[str, int]) -> Membership:
 
     Raises:
         ConfigError: the supervisor refuses the counts.
-        ConnectionLost, DeadlineExceeded: there is no supervisor, also not after a while.
+        ConnectionLost, DeadlineExceeded: there is no supervisor, also not after a while;
+            or the run has ended.
     """
     membership: Membership = await _call(run, Scale(dict(counts)))
     return membership
@@ -81,13 +85,19 @@ async def rebalance_run(run: RunDirectory, load: ExpertLoadReport | None = None)
 
 
 async def _call(run: RunDirectory, request: GetStatus | Scale) -> Any:
-    """Call the supervisor, or the next one if it is just being restarted; both calls may repeat."""
-    deadline_s = SYSTEM_CLOCK.monotonic() + RESTART_TIMEOUT_S
+    """Call the supervisor, or the next one if it is just being replaced.
+
+    Both requests may repeat when a reply was lost: Scale names counts, not changes.
+    """
+    deadline_s: float | None = None
     while True:
         try:
             async with connect_supervisor(run) as client:
                 return await client.call(request, timeout_s=CALL_TIMEOUT_S)
-        except ConnectionLost:
-            if SYSTEM_CLOCK.monotonic() > deadline_s:
+        except (ConnectionLost, DeadlineExceeded):
+            now_s = SYSTEM_CLOCK.monotonic()
+            if deadline_s is None:
+                deadline_s = now_s + RESTART_TIMEOUT_S
+            if now_s > deadline_s or run.gateway() is None:
                 raise
         await asyncio.sleep(RETRY_S)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from xdeepserve.eplb import ExpertLoadReport, ExpertLoadStats, ExpertPlacement, rank_load
+from xdeepserve.eplb import ExpertLoadReport, ExpertLoadStats
 from xdeepserve.eplb.rows import F64
 from xdeepserve.errors import IntegrityError
 from xdeepserve.launch.plan import ModelShape
@@ -46,23 +46,11 @@ class ExpertLoad:
         """[L, E] tokens per expert, the latest windows counting most."""
         return self._stats.load()
 
+    def windows(self) -> list[F64]:
+        """[L, E] of each window, the open one last; to be asked when it is over."""
+        return list(self._stats.windows().astype(np.float64))
+
     def prior(self) -> F64:
         """`recent` with one more token for every expert: without traffic, all weigh the same."""
         weighed: F64 = self.recent() + 1.0
         return weighed
-
-
-def peak_over_mean(load: F64, placement: ExpertPlacement) -> float:
-    """Summed peaks over summed means of the ranks; 1 without load."""
-    by_rank = rank_load(load, placement)
-    mean = float(by_rank.mean(axis=1).sum())
-    return float(by_rank.max(axis=1).sum()) / mean if mean > 0 else 1.0
-
-
-def hottest_expert(load: F64) -> tuple[tuple[int, int] | None, float]:
-    """((layer, expert), share of its layer's tokens), the largest such share."""
-    total = load.sum(axis=1, keepdims=True)
-    share = np.divide(load, total, out=np.zeros_like(load), where=total > 0)
-    layer_idx, expert = np.unravel_index(int(share.argmax()), share.shape)
-    hottest = float(share[layer_idx, expert])
-    return ((int(layer_idx), int(expert)), hottest) if hottest > 0 else (None, 0.0)

@@ -17,6 +17,9 @@ from xdeepserve.messages import Heartbeat
 SUPERVISOR_NAME: Final = "supervisor"
 """Of its socket and lock file."""
 
+MAX_HOTTEST: Final = 3
+"""Experts of a layer that a LayerHeat names."""
+
 
 class WorkerState(enum.StrEnum):
     """State of one worker; drawn in docs/design/supervisor.md."""
@@ -32,7 +35,7 @@ class WorkerState(enum.StrEnum):
     BACKOFF = "backoff"
     """Ended; started again after a wait."""
     FAILED = "failed"
-    """Crashed too often; started again only by the next `scale`."""
+    """Crashed too often, or cannot work as configured; started again only by the next `scale`."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +88,7 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True, tag="membership"):
         """Whether exactly the wanted workers are there and serve.
 
         Raises:
-            EngineDeadError: a worker crashed too often.
+            EngineDeadError: a worker has FAILED.
         """
         for member in self.members:
             if member.state is WorkerState.FAILED:
@@ -139,6 +142,36 @@ class StopAll(msgspec.Struct, frozen=True, tag="stop_all"):
     drain_timeout_s: float
 
 
+class HotExpert(msgspec.Struct, frozen=True, kw_only=True):
+    """One of a layer's most wanted experts.
+
+    Attributes:
+        expert: its number.
+        share: of the layer's tokens, 0 to 1.
+        ranks: of the expert workers that hold a replica.
+    """
+
+    expert: int
+    share: float
+    ranks: tuple[int, ...]
+
+
+class LayerHeat(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one layer spread.
+
+    Attributes:
+        layer_idx: which layer.
+        num_tokens: counted of late, summed over experts; the latest count most.
+        rank_ratios: rank of each expert worker in use -> its load over their mean.
+        hottest: the experts with the largest shares, largest first; at most MAX_HOTTEST.
+    """
+
+    layer_idx: int
+    num_tokens: int
+    rank_ratios: dict[int, float]
+    hottest: tuple[HotExpert, ...]
+
+
 class ExpertHeat(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens spread over experts and expert workers.
 
@@ -152,6 +185,9 @@ class ExpertHeat(msgspec.Struct, frozen=True, kw_only=True):
         num_moves: experts that these have moved.
         is_migrating: whether one is under way.
         placement_epoch: of the placement in force.
+        rank_ratios: rank of each expert worker in use -> its load over their mean, of all layers
+            together; 1 without tokens.
+        layers: those with tokens.
     """
 
     num_tokens: int
@@ -162,6 +198,8 @@ class ExpertHeat(msgspec.Struct, frozen=True, kw_only=True):
     num_moves: int
     is_migrating: bool
     placement_epoch: int
+    rank_ratios: dict[int, float] = {}
+    layers: tuple[LayerHeat, ...] = ()
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
@@ -171,12 +209,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
         supervisor: its process.
         heartbeats: latest of each worker that has sent one, by name.
         expert_heat: None without expert workers.
+        num_dropped: how often this supervisor gave the work of a FAILED worker to others.
     """
 
     membership: Membership
     supervisor: ProcessIdentity
     heartbeats: dict[str, Heartbeat]
     expert_heat: ExpertHeat | None = None
+    num_dropped: int = 0
 
 
 SupervisorRequest = Subscribe | GetStatus | Scale | Rebalance | StopAll

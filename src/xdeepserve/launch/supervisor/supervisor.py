@@ -39,6 +39,7 @@ from xdeepserve.launch.supervisor.messages import (
     SupervisorRequest,
     WorkerState,
 )
+from xdeepserve.launch.supervisor.pinning import pinned
 from xdeepserve.launch.supervisor.worker_slot import WorkerSlot
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,8 @@ class Supervisor:
         deployment = self._service.deployment.with_counts(counts)
         usable = os.sched_getaffinity(0)
         plan = resolve(deployment, self._service.shape, usable_cores=usable)
-        self._wanted = {spec.name: spec for spec in plan.workers}
+        workers = pinned(plan.workers, self._run, self._service.deployment, self._membership)
+        self._wanted = {spec.name: spec for spec in workers}
         self._counts = plan.counts()
 
     def _reconcile(self) -> None:
@@ -207,6 +209,9 @@ class Supervisor:
             placement=self._balancer.place(
                 wanted=[(spec.role, spec.rank) for spec in self._wanted.values()],
                 ready=[(m.spec.role, m.spec.rank) for m in members if m.can_serve],
+                failed=[
+                    (m.spec.role, m.spec.rank) for m in members if m.state is WorkerState.FAILED
+                ],
             ),
         )
         state = SavedState(membership=self._membership, incarnations=self._incarnations)
@@ -250,6 +255,7 @@ class Supervisor:
             supervisor=ProcessIdentity.own(),
             heartbeats={name: beat for name, beat in beats.items() if beat is not None},
             expert_heat=self._balancer.heat(),
+            num_dropped=self._balancer.num_dropped,
         )
 
     async def _rebalance(self, load: ExpertLoadReport | None) -> Membership:

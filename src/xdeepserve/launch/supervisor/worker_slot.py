@@ -4,7 +4,7 @@ spawn/adopt -> STARTING -> READY <-> BUSY, FROZEN --lost: SIGKILL--+
     ^                        |                                     v
     |                        +-- leave: DRAINING -> SIGTERM -> SIGKILL -> gone
     +---- BACKOFF <---- ended by itself, killed by us or by others
-             +-- crash-loop limit: FAILED --retry--> spawn
+             +-- crash-loop limit, wrong configuration: FAILED --retry--> spawn
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.control import ControlClient
 from xdeepserve.errors import XDeepServeError
 from xdeepserve.launch.deployment import SupervisionConfig
+from xdeepserve.launch.failure_note import read_note
 from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import RunDirectory, lock_holder
@@ -29,7 +30,7 @@ from xdeepserve.launch.supervisor.child import Child, describe_exit
 from xdeepserve.launch.supervisor.health import HealthTracker, Observation
 from xdeepserve.launch.supervisor.messages import Member, WorkerState
 from xdeepserve.launch.supervisor.restart_policy import RestartPolicy
-from xdeepserve.launch.worker.exit_codes import EXIT_NAME_TAKEN
+from xdeepserve.launch.worker.exit_codes import EXIT_CONFIG, EXIT_NAME_TAKEN
 from xdeepserve.launch.worker.messages import (
     Drain,
     GetHeartbeat,
@@ -95,6 +96,8 @@ class WorkerSlot:
 
     def retry(self) -> None:
         """Start a FAILED worker again."""
+        if self.member.state is WorkerState.FAILED:
+            self._set(WorkerState.BACKOFF)
         self._retry.set()
 
     def kill(self) -> None:
@@ -108,12 +111,12 @@ class WorkerSlot:
         try:
             while child is not None or not self._leave.is_set():
                 child = self._child = child or self._spawn()
-                code = await self._watch(child)
+                code, ended = await self._watch(child), child.identity
                 child = self._child = None
                 if code == EXIT_NAME_TAKEN:
                     child = self._adopt(None)
                 elif not self._leave.is_set():
-                    await self._back_off(code)
+                    await self._back_off(self._reason(ended, code), code)
         finally:
             await self._disconnect()
             if self._child is not None:
@@ -151,11 +154,27 @@ class WorkerSlot:
             self._set(WorkerState.STARTING, process=child.identity)
         return child
 
-    async def _back_off(self, code: int | None) -> None:
-        """Wait before the next start: for a while, or after too many crashes for `retry`."""
-        reason = self._lost_reason or describe_exit(code)
-        wait_s = self._policy.next_wait_s(SYSTEM_CLOCK.monotonic())
-        logger.warning("%s: %s; next start in %s s", self.member.name, reason, wait_s)
+    def _reason(self, ended: ProcessIdentity, code: int | None) -> str:
+        """Why the process has ended: its own words, where it could say them."""
+        if self._lost_reason is not None:
+            return self._lost_reason
+        note = read_note(self._run, self.member.name, ended.pid)
+        if not note and self.heartbeat is not None:
+            note = self.heartbeat.error or ""
+        return f"{describe_exit(code)}: {note}" if note else describe_exit(code)
+
+    async def _back_off(self, reason: str, code: int | None) -> None:
+        """Wait before the next start: for a while, or for `retry` when starts are in vain."""
+        if code == EXIT_CONFIG:
+            wait_s, next_step = None, "gives up, as it would end so again"
+        elif (wait_s := self._policy.next_wait_s(SYSTEM_CLOCK.monotonic())) is None:
+            num_crashes = self._config.crash_loop_limit
+            next_step = f"gives up after {num_crashes} crash{'es' if num_crashes > 1 else ''}"
+        else:
+            next_step = f"next start in {wait_s:g} s"
+        logger.warning("%s: %s; %s", self.member.name, reason, next_step)
+        if wait_s is None:
+            reason = f"{reason}; {next_step}"
         self.heartbeat = None
         state = WorkerState.FAILED if wait_s is None else WorkerState.BACKOFF
         num_restarts = self.member.num_restarts + 1
@@ -226,17 +245,16 @@ class WorkerSlot:
                 now_s=now_s, heartbeat=beat, cpu_s=sample.cpu_s, is_stopped=sample.is_stopped
             )
         )
+        is_shown = self._has_started or state is WorkerState.FROZEN
+        self._set(state if is_shown else WorkerState.STARTING)
         if health.is_lost:
             self._lose(child, f"{state} for too long")
-        elif self._has_started or state is WorkerState.FROZEN:
-            self._set(state)
-        else:
-            self._set(WorkerState.STARTING)
 
     def _lose(self, child: Child, reason: str) -> None:
+        """Kill the process; until it has ended, its state stays as it was observed."""
         logger.warning("%s: %s; killing process %d", self.member.name, reason, child.identity.pid)
         self._lost_reason = reason
-        self._set(WorkerState.FROZEN, reason=reason)
+        self._set(self.member.state, reason=reason)
         child.send_signal(signal.SIGKILL)
 
     async def ask(self, request: WorkerRequest, *, timeout_s: float) -> WorkerReply | None:

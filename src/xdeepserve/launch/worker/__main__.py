@@ -12,9 +12,10 @@ import msgspec
 from setproctitle import setproctitle
 
 from xdeepserve.errors import ConfigError, XDeepServeError
+from xdeepserve.launch.failure_note import leave_note
 from xdeepserve.launch.logs import setup_logging
 from xdeepserve.launch.plan import WorkerSpec
-from xdeepserve.launch.run_dir import IdentityLock, NameTaken, RunDirectory
+from xdeepserve.launch.run_dir import IdentityLock, NameTaken, RunDirectory, run_id_of
 from xdeepserve.launch.service import load_service
 from xdeepserve.launch.worker.body import WorkerContext, load_body_factory
 from xdeepserve.launch.worker.exit_codes import EXIT_CONFIG, EXIT_FAILED, EXIT_NAME_TAKEN
@@ -28,13 +29,12 @@ def main(arguments: list[str]) -> int:
     run_dir, spec_json, incarnation = arguments
     spec = msgspec.json.decode(spec_json, type=WorkerSpec)
     setproctitle(spec.title)
-    setup_logging(spec.title)
+    setup_logging(spec.title, run_id=run_id_of(Path(run_dir)))
     try:
         run = RunDirectory.open(Path(run_dir))
         # Never released: the name is free when the process has ended.
         IdentityLock(run.lock_path(spec.name))
-        context = WorkerContext(run, load_service(run), spec, int(incarnation))
-        return _work(context)
+        return _work(run, spec, int(incarnation))
     except ConfigError as exc:
         return _fail(spec, exc, EXIT_CONFIG)
     except NameTaken as exc:
@@ -43,13 +43,18 @@ def main(arguments: list[str]) -> int:
         return _fail(spec, exc, EXIT_FAILED)
 
 
-def _work(context: WorkerContext) -> int:
-    if context.spec.cores:
-        os.sched_setaffinity(0, context.spec.cores)
-    body = load_body_factory(context.service, context.spec.role)(context)
-    # Not asyncio.run: it would wait for threads that still load a model.
-    loop = asyncio.new_event_loop()
-    return loop.run_until_complete(WorkerProcess(context, body).run())
+def _work(run: RunDirectory, spec: WorkerSpec, incarnation: int) -> int:
+    if spec.cores:
+        os.sched_setaffinity(0, spec.cores)
+    try:
+        context = WorkerContext(run, load_service(run), spec, incarnation)
+        body = load_body_factory(context.service, spec.role)(context)
+        # Not asyncio.run: it would wait for threads that still load a model.
+        loop = asyncio.new_event_loop()
+        return loop.run_until_complete(WorkerProcess(context, body).run())
+    except Exception as exc:  # loop top: the supervisor can read why it ends
+        leave_note(run, spec.name, exc)
+        raise
 
 
 def _fail(spec: WorkerSpec, error: XDeepServeError, code: int) -> int:

@@ -52,7 +52,9 @@ class RoutingFeed:
             if placement is None or placement.epoch <= self.routing.current.epoch:
                 continue
             self.routing.swap(routing_table(placement, self._service.shape, self.fabric))
-            logger.info(
+            # Nobody is in use when everything ends, which needs no telling.
+            logger.log(
+                logging.INFO if placement.ffn or placement.expert else logging.DEBUG,
                 "routing epoch %d: FFN workers %s, expert workers %s",
                 placement.epoch,
                 placement.ffn or "none",

@@ -28,6 +28,7 @@ from typing import Any, Final
 import numpy as np
 
 from xdeepserve.errors import ModelFormatError
+from xdeepserve.models.huge_pages import map_file
 from xdeepserve.ops import Array, PackedWeight, WeightDtype
 from xdeepserve.ops.contract import U8
 
@@ -166,7 +167,7 @@ class PackedFile:
         size = path.stat().st_size
         if size < ALIGNMENT:
             raise self._damaged(f"{size} bytes are too few")
-        self._bytes: U8 = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        self._bytes: U8 = map_file(path)
         header = self._read_header()
         if header.get("key") != asdict(key):
             raise self._damaged(f"it was made from {header.get('key')}, not from {asdict(key)}")

@@ -1,0 +1,105 @@
+"""A worker slot with a real process: every state that it goes through, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from tests.multiproc.cluster_harness import DEADLINE_S, make_service, run_folder
+from xdeepserve.launch.plan import WorkerSpec
+from xdeepserve.launch.run_dir import RunDirectory, create_run
+from xdeepserve.launch.supervisor.messages import Member, WorkerState
+from xdeepserve.launch.supervisor.worker_slot import WorkerSlot
+
+
+class RunningSlot:
+    """A slot and all that it has told."""
+
+    def __init__(self, run: RunDirectory, **supervision: float) -> None:
+        service = make_service(1, 0, **supervision)
+        service.save(run)
+        self.run = run
+        self.seen: list[Member] = []
+        self._news = asyncio.Condition()
+        member = Member(
+            spec=WorkerSpec(name="dp0", role="attention", rank=0),
+            state=WorkerState.STARTING,
+            incarnation=0,
+            num_restarts=0,
+            socket=str(run.socket_path("dp0")),
+        )
+        config = service.deployment.supervision
+        self.slot = WorkerSlot(member, run=run, config=config, on_change=self._on_change)
+        self._changed = asyncio.Event()
+
+    def _on_change(self) -> None:
+        self.seen.append(self.slot.member)
+        self._changed.set()
+
+    async def until(self, condition: Callable[[Member], bool]) -> None:
+        """Wait until some member that was told fulfils the condition."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not any(condition(member) for member in self.seen):
+                self._changed.clear()
+                await self._changed.wait()
+
+    def states(self, incarnation: int) -> list[WorkerState]:
+        """Without repetitions."""
+        states = [member.state for member in self.seen if member.incarnation == incarnation]
+        return [state for n, state in enumerate(states) if states[n - 1 : n] != [state]]
+
+
+@asynccontextmanager
+async def running_slot(**supervision: float) -> AsyncIterator[RunningSlot]:
+    with run_folder():
+        run, lease = create_run()
+        running = RunningSlot(run, **supervision)
+        task = asyncio.create_task(running.slot.run())
+        try:
+            yield running
+        finally:
+            running.slot.leave(drain_timeout_s=0.0)
+            async with asyncio.timeout(DEADLINE_S):
+                await task
+            lease.release()
+
+
+async def test_a_hanging_loop_stays_busy_until_it_has_ended() -> None:
+    async with running_slot(busy_timeout_s=0.5) as running:
+        await running.until(lambda member: member.state is WorkerState.READY)
+        order = running.run.path / "dp0.hang"
+        order.touch()
+        await running.until(lambda member: member.incarnation == 2)
+        order.unlink()
+        assert running.states(1) == [
+            WorkerState.STARTING,
+            WorkerState.READY,
+            WorkerState.BUSY,
+            WorkerState.BACKOFF,
+        ]
+        assert [
+            member.reason for member in running.seen if member.state is WorkerState.BACKOFF
+        ] == ["busy for too long"]
+
+
+async def test_a_stopped_process_is_frozen_until_it_has_ended() -> None:
+    async with running_slot(freeze_timeout_s=0.5) as running:
+        await running.until(lambda member: member.state is WorkerState.READY)
+        process = running.slot.member.process
+        assert process is not None
+        process.kill(signal.SIGSTOP)
+        await running.until(lambda member: member.incarnation == 2)
+        states = running.states(1)
+        assert states[-2:] == [WorkerState.FROZEN, WorkerState.BACKOFF]
+        assert {m.reason for m in running.seen if m.state is WorkerState.BACKOFF} == {
+            "frozen for too long"
+        }
+
+
+async def test_a_worker_that_is_not_ready_in_time_never_counts_as_frozen() -> None:
+    async with running_slot(start_timeout_s=0.05, crash_loop_limit=1) as running:
+        await running.until(lambda member: member.state is WorkerState.FAILED)
+        assert running.states(1) == [WorkerState.STARTING, WorkerState.FAILED]
+        assert running.slot.member.reason == "not ready after 0.05 s; gives up after 1 crash"
