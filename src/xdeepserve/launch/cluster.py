@@ -143,6 +143,8 @@ class Cluster:
         """Have everything drained and ended, by a second supervisor if the first one dies."""
         if self._supervisor is None:
             return
+        if self._supervisor_error is not None:
+            raise EngineDeadError(f"it does not start: {self._supervisor_error}")
         self._is_stopping = True
         async with asyncio.timeout(drain_timeout_s + STOP_MARGIN_S):
             while not await self._try_stop(drain_timeout_s):
@@ -194,6 +196,7 @@ class Cluster:
             await asyncio.sleep(RECONNECT_S)
 
     async def _take(self, membership: Membership) -> None:
+        self._supervisor_error = None
         async with self._news:
             self.membership = membership
             self._news.notify_all()
