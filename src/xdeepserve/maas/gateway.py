@@ -128,6 +128,11 @@ class Gateway:
             self._running.discard(generation)
             await generation.close()
 
+    @property
+    def num_running(self) -> int:
+        """Generations whose clients wait for them."""
+        return len(self._running)
+
     def begin_drain(self) -> None:
         """Refuse new requests from now on; running ones go on."""
         self.is_draining = True

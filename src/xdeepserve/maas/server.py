@@ -127,7 +127,7 @@ class DrainingServer(uvicorn.Server):
 
     def _announce_drain(self) -> None:
         """Whoever pressed Ctrl-C should know what is waited for, and how not to wait."""
-        if num_requests := len(self.server_state.tasks):
+        if num_requests := self._gateway.num_running:
             logger.info(
                 "draining %d %s, at most %g s; Ctrl-C again to stop now",
                 num_requests,
