@@ -117,8 +117,10 @@ def answer(group: EpGroup, batches: list[Batch], hidden_size: int) -> None:
 
 
 def answer_in_place(batch: Batch, hidden_size: int) -> None:
-    """As an expert does that computes straight into its answer's place."""
-    if batch.answer_buffer(batch.reply_rows, hidden_size) is not None:
+    """As an expert does whose last product writes straight into its answer's place."""
+    place = batch.answer_buffer(batch.reply_rows, hidden_size)
+    if place is not None:
+        place.fill(0.5)
         batch.commit(batch.reply_rows, hidden_size)
 
 
