@@ -164,6 +164,8 @@ def test_broken_gguf(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["models", "pull", "no-such-model"], "no-such-model"),
         (["generate", "x", "--max-tokens", "0", "--prompt", "hi"], "max-tokens"),
         (["bench", "offline", "x", "--input-len", "0"], "input_len"),
+        (["bench", "step", "x", "--steps", "0"], "--steps"),
+        (["bench", "step", "x", "--batch", "100000"], "max_num_seqs"),
     ],
 )
 def test_bad_flags(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,7 @@ def build_dp_group(
         executor=executor,
         clock=clock,
         max_num_waiting=config.max_num_waiting,
+        stage_times=times,
         name=name,
     )
 

@@ -28,13 +28,14 @@ from xdeepserve.messages import (
     Usage,
     num_blocks_needed,
 )
+from xdeepserve.transformerless.stage_times import Stage, StageTimes
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAKE_S: Final = 1.0
 """An idle loop wakes this often to beat its heart."""
 
-DEFAULT_STALL_TIMEOUT_S: Final = 600.0
+STALL_TIMEOUT_S: Final = 600.0
 """A loop that has finished no step for so long counts as dead."""
 
 DEFAULT_NAME: Final = "xds:dp0"
@@ -61,7 +62,7 @@ class DPGroup:
         executor: Executor,
         clock: Clock,
         max_num_waiting: int,
-        stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+        stage_times: StageTimes | None = None,
         name: str = DEFAULT_NAME,
     ) -> None:
         """Make a stopped group; `start` runs it.
@@ -72,7 +73,7 @@ class DPGroup:
             executor: likewise; closed when the loop ends.
             clock: for the heartbeat and the drain deadline.
             max_num_waiting: most accepted requests that do not run yet.
-            stall_timeout_s: see `is_alive`.
+            stage_times: where the loop's share of a step is counted; None = nowhere.
             name: of the loop's thread.
         """
         self.info = info
@@ -80,7 +81,7 @@ class DPGroup:
         self._executor = executor
         self._clock = clock
         self._max_num_waiting = max_num_waiting
-        self._stall_timeout_s = stall_timeout_s
+        self._times = stage_times or StageTimes()
         self._inbox: deque[GenerateRequest | _Abort] = deque()
         self._num_inbox_blocks = 0
         self._wakeup = threading.Condition()
@@ -150,7 +151,7 @@ class DPGroup:
         """Whether the loop runs and has made progress within the stall timeout."""
         if self._death is not None or not self._thread.is_alive():
             return False
-        return self._clock.monotonic() - self._last_progress_s < self._stall_timeout_s
+        return self._clock.monotonic() - self._last_progress_s < STALL_TIMEOUT_S
 
     def begin_close(self, *, drain_timeout_s: float) -> None:
         """Refuse new requests; end when all are finished, or abort the rest at the timeout."""
@@ -169,15 +170,17 @@ class DPGroup:
 
     def step(self) -> list[TokenOutput]:
         """One step: decide, compute, commit. Called by the loop (and by tests that have none)."""
-        self._drain_inbox()
-        plan = self._plan = self._scheduler.schedule()
-        if not plan.is_empty:
+        with self._times.measure(Stage.SCHEDULE):
+            self._drain_inbox()
+            plan = self._plan = self._scheduler.schedule()
             # What has just left the inbox must be seen while the step runs.
             self._load = self._scheduler.load_report()
+        if not plan.is_empty:
             result = self._executor.execute(plan=plan)
-            self._drain_inbox()
-            self._outputs += self._scheduler.update(plan, result)
-        self._load = self._scheduler.load_report()
+            with self._times.measure(Stage.UPDATE):
+                self._drain_inbox()
+                self._outputs += self._scheduler.update(plan, result)
+                self._load = self._scheduler.load_report()
         self._last_progress_s = self._clock.monotonic()
         return self._take_outputs()
 

@@ -107,7 +107,9 @@ class InProcExecutor:
             nothing = len(plan.scheduled)
             return StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
         with self._times.measure(Stage.HEAD):
-            sampled = self._sampler.sample(self._logits(batches, hidden_states), rows)
+            logits = self._logits(batches, hidden_states)
+        with self._times.measure(Stage.SAMPLE):
+            sampled = self._sampler.sample(logits, rows)
         return _result(plan.scheduled, sampled)
 
     def _run(self, plan: StepPlan) -> tuple[list[ForwardBatch], list[F32]]:
@@ -123,8 +125,9 @@ class InProcExecutor:
         return result
 
     def _run_cut(self, plan: StepPlan, count: int) -> tuple[list[ForwardBatch], list[F32]]:
-        parts = split_microbatches(plan.scheduled, count)
-        batches = [build_forward_batch(part, self._block_size) for part in parts]
+        with self._times.measure(Stage.INPUTS):
+            parts = split_microbatches(plan.scheduled, count)
+            batches = [build_forward_batch(part, self._block_size) for part in parts]
         return batches, self._worker.run(batches, step_idx=plan.step_idx)
 
     def _logits(self, batches: Sequence[ForwardBatch], hidden_states: Sequence[F32]) -> F32:

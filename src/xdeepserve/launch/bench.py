@@ -1,4 +1,4 @@
-"""`xdeepserve bench`: measure a server from outside (serve) or the engine alone (offline)."""
+"""`xdeepserve bench`: measure a server (serve), the engine alone (offline) or its steps (step)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.set_defaults(handler=run_bench_serve)
     offline = kinds.add_parser("offline", help="throughput of the engine alone, without HTTP")
     _add_offline_arguments(offline)
+    step = kinds.add_parser("step", help="where each microsecond of a decode step goes")
+    _add_step_arguments(step)
 
 
 def _add_offline_arguments(parser: argparse.ArgumentParser) -> None:
     from xdeepserve.launch import offline
 
     offline.add_arguments(parser)
+
+
+def _add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    from xdeepserve.launch import bench_step
+
+    bench_step.add_arguments(parser)

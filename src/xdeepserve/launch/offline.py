@@ -20,7 +20,7 @@ from xdeepserve.launch.compose import add_model_arguments, load
 from xdeepserve.launch.flags import config_from_args
 from xdeepserve.launch.logs import setup_logging
 from xdeepserve.loadgen.report import json_line, machine_fingerprint
-from xdeepserve.messages import FinishReason, GenerateRequest, SamplingParams
+from xdeepserve.messages import EngineInfo, FinishReason, GenerateRequest, SamplingParams
 from xdeepserve.ops.machine import measure_ceilings
 from xdeepserve.telemetry import RequestTimeline
 
@@ -106,17 +106,13 @@ def run_batch(
     Raises:
         EngineDeadError: a request failed.
     """
-    rng = random.Random(f"{batch} {salt}")
-    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+    requests = random_requests(
+        group.info, batch=batch, input_len=input_len, output_len=output_len, salt=salt
+    )
     start_s = SYSTEM_CLOCK.monotonic()
-    timelines = {f"{salt}-{idx}": RequestTimeline(arrived_s=start_s) for idx in range(batch)}
-    for request_id in timelines:
-        ids = rng.choices(range(group.info.vocab_size), k=input_len)
-        group.submit(
-            GenerateRequest(
-                request_id=request_id, prompt_token_ids=ids, params=params, cache_salt=salt
-            )
-        )
+    timelines = {r.request_id: RequestTimeline(arrived_s=start_s) for r in requests}
+    for request in requests:
+        group.submit(request)
     num_left = batch
     while num_left:
         outputs = group.step()
@@ -127,6 +123,31 @@ def run_batch(
                 raise EngineDeadError(output.error or "the engine failed")
             num_left -= output.finish_reason is not None
     return SYSTEM_CLOCK.monotonic() - start_s, list(timelines.values())
+
+
+def random_requests(
+    info: EngineInfo, *, batch: int, input_len: int, output_len: int, salt: str
+) -> list[GenerateRequest]:
+    """Greedy requests with random prompts, which differ by `salt` and share no cache with others.
+
+    Args:
+        info: of the engine that they are for.
+        batch: how many.
+        input_len: prompt tokens of each.
+        output_len: tokens that each generates, whatever they are.
+        salt: begins their ids.
+    """
+    rng = random.Random(f"{batch} {salt}")
+    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+    return [
+        GenerateRequest(
+            request_id=f"{salt}-{idx}",
+            prompt_token_ids=rng.choices(range(info.vocab_size), k=input_len),
+            params=params,
+            cache_salt=salt,
+        )
+        for idx in range(batch)
+    ]
 
 
 def _print_document(group: DPGroup, args: argparse.Namespace, results: list[BatchResult]) -> None:
