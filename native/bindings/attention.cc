@@ -6,8 +6,6 @@ namespace xds {
 
 using namespace nb::literals;
 
-namespace {
-
 Cache view_cache(const AnyArray& keys, const std::optional<AnyArray>& values) {
   check(keys.ndim() == 4, "the key cache must be [blocks, kv heads, block size, D]");
   Cache kv{keys.data(),   nullptr,       is_bf16(keys, "the key cache"),
@@ -23,6 +21,8 @@ Cache view_cache(const AnyArray& keys, const std::optional<AnyArray>& values) {
   kv.values = values->data();
   return kv;
 }
+
+namespace {
 
 void check_slots(const Batch& batch, const Cache& kv) {
   check_range(batch.slots, batch.tokens, 0, kv.blocks * kv.block_size, "slot_mapping");

@@ -5,8 +5,6 @@ namespace xds {
 
 using namespace nb::literals;
 
-namespace {
-
 void check_gate(const Gate& gate) {
   check(gate.num_experts >= 1, "a gate needs at least one expert");
   check(gate.num_groups >= 1 && gate.num_experts % gate.num_groups == 0,
@@ -18,6 +16,8 @@ void check_gate(const Gate& gate) {
   check(gate.top_k >= 1 && gate.top_k <= eligible,
         "top_k must be at least 1 and at most the number of eligible experts");
 }
+
+namespace {
 
 void py_gate_topk(Context& ctx, Floats2 logits, std::optional<Floats1> bias, bool sigmoid,
                   bool renormalize, std::tuple<int64_t, int64_t> groups, float scaling,

@@ -41,6 +41,17 @@ double py_gemm_peak(Context& ctx, int dtype, int repeats) {
   return gemm_peak(ctx, static_cast<DType>(dtype), repeats);
 }
 
+// Name -> (calls, nanoseconds) since the context was made.
+nb::dict op_times(Context& ctx) {
+  const std::lock_guard<std::mutex> lock(ctx.mutex);
+  nb::dict found;
+  for (int op = 0; op < static_cast<int>(Op::kCount); ++op) {
+    const OpTimes::Entry& entry = ctx.times.entries[op];
+    found[kOpNames[op]] = nb::make_tuple(entry.calls, entry.ns);
+  }
+  return found;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -53,11 +64,13 @@ NB_MODULE(_native, m) {
   cls.def("__init__", &init_context, "isa"_a, "num_threads"_a)
       .def_prop_ro("isa", [](const Context& ctx) { return std::string(ctx.kernels.name); })
       .def_prop_ro("num_threads", [](const Context& ctx) { return ctx.pool.size(); })
+      .def("op_times", &op_times)
       .def("read_bandwidth", &py_read_bandwidth, "bytes"_a, "repeats"_a)
       .def("gemm_peak", &py_gemm_peak, "dtype"_a, "repeats"_a);
   bind_dense(cls);
   bind_attention(cls);
   bind_choice(cls);
+  bind_layer(m, cls);
 }
 
 }  // namespace xds

@@ -122,6 +122,7 @@ void attend_all(Context& ctx, const Batch& batch, const Cache& kv, const Shape& 
 
 void rope_kv_write(Context& ctx, const float* qkv, Rope rope, const Batch& batch, const Cache& kv,
                    int64_t num_heads, HeadNorm norm, float* q) {
+  const Timed timed(ctx.times, Op::kRopeKvWrite);
   const int64_t dim = kv.dim, width = (num_heads + 2 * kv.heads) * dim;
   for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(dim);
   const Kernels& kernels = ctx.kernels;
@@ -151,6 +152,7 @@ void rope_kv_write(Context& ctx, const float* qkv, Rope rope, const Batch& batch
 
 void rope(Context& ctx, const float* x, Rope rope, const int32_t* positions, int64_t tokens,
           int64_t heads, int64_t dim, float* out) {
+  const Timed timed(ctx.times, Op::kRope);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t at = (t * heads + h) * dim;
@@ -162,6 +164,7 @@ void rope(Context& ctx, const float* x, Rope rope, const int32_t* positions, int
 
 void mla_kv_write(Context& ctx, const float* latent, int64_t rank, const float* k_rope,
                   const Batch& batch, const Cache& kv) {
+  const Timed timed(ctx.times, Op::kMlaKvWrite);
   const int64_t rope_dim = kv.dim - rank;
   for (int64_t t = 0; t < batch.tokens; ++t) {
     const int64_t at = cache_offset(kv, batch.slots[t], 0);
@@ -172,6 +175,7 @@ void mla_kv_write(Context& ctx, const float* latent, int64_t rank, const float* 
 
 void paged_attention(Context& ctx, const float* q, const Batch& batch, const Cache& kv,
                      int64_t num_heads, float scale, float* out) {
+  const Timed timed(ctx.times, Op::kPagedAttention);
   auto fill = [&](int64_t token, int64_t head, int64_t count, float* row) {
     std::copy_n(q + (token * num_heads + head) * kv.dim, count * kv.dim, row);
   };
@@ -181,6 +185,7 @@ void paged_attention(Context& ctx, const float* q, const Batch& batch, const Cac
 void mla_attention(Context& ctx, const float* q_latent, int64_t rank, const float* q_rope,
                    const Batch& batch, const Cache& kv, int64_t num_heads, float scale,
                    float* out) {
+  const Timed timed(ctx.times, Op::kMlaAttention);
   const int64_t rope_dim = kv.dim - rank;
   auto fill = [&](int64_t token, int64_t head, int64_t count, float* row) {
     for (int64_t h = token * num_heads + head; count > 0; ++h, --count, row += kv.dim) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "op_times.h"
 #include "thread_pool.h"
 
 namespace xds {
@@ -48,7 +49,10 @@ struct Context {
   Scratch row_scales;
   Scratch hidden;
   Scratch rows;
+  Scratch layer;        // between the operators of layer.cc
+  Scratch permutation;
   std::vector<Scratch> thread_scratch;
+  OpTimes times;
 };
 
 }  // namespace xds

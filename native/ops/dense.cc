@@ -152,6 +152,7 @@ void pack_weight(Context& ctx, const float* values, const Weight& shape, uint8_t
 
 void embed(Context& ctx, Elements table, int64_t width, const int32_t* ids, int64_t tokens,
            float* out) {
+  const Timed timed(ctx.times, Op::kEmbed);
   for_rows(ctx, tokens, width, [&](int64_t t, int) {
     const int64_t at = ids[t] * width;
     if (table.bf16) {
@@ -165,11 +166,13 @@ void embed(Context& ctx, Elements table, int64_t width, const int32_t* ids, int6
 
 void linear(Context& ctx, const float* x, int64_t rows, const Weight& w, const float* bias,
             float* out) {
+  const Timed timed(ctx.times, Op::kLinear);
   const Activations a = prepare(ctx, x, rows, w.k, w.dtype);
   multiply(ctx, {{a.data, a.stride, rows, a.row_scale, 1, 0, out, w.n}}, w, bias);
 }
 
 void grouped_linear(Context& ctx, const float* x, int64_t tokens, const Weight& w, float* out) {
+  const Timed timed(ctx.times, Op::kGroupedLinear);
   const Activations a = prepare(ctx, x, tokens * w.groups, w.k, w.dtype);
   std::vector<Product> products;
   for (int64_t g = 0; g < w.groups; ++g) {
@@ -182,6 +185,7 @@ void grouped_linear(Context& ctx, const float* x, int64_t tokens, const Weight& 
 
 void rms_norm(Context& ctx, const float* x, const float* weight, int64_t rows, int64_t n, float eps,
               float* out) {
+  const Timed timed(ctx.times, Op::kNorm);
   for_rows(ctx, rows, n, [&](int64_t row, int) {
     ctx.kernels.rms_norm_row(x + row * n, weight, n, eps, out + row * n);
   });
@@ -189,6 +193,7 @@ void rms_norm(Context& ctx, const float* x, const float* weight, int64_t rows, i
 
 void add_rms_norm(Context& ctx, const float* residual, const float* x, const float* weight,
                   int64_t rows, int64_t n, float eps, float* sum, float* out) {
+  const Timed timed(ctx.times, Op::kAddNorm);
   for_rows(ctx, rows, n, [&](int64_t row, int) {
     const int64_t at = row * n;
     ctx.kernels.add_row(residual + at, x + at, n, sum + at);
@@ -198,6 +203,7 @@ void add_rms_norm(Context& ctx, const float* residual, const float* x, const flo
 
 void quantize_rows(Context& ctx, const float* x, int64_t rows, int64_t n, int8_t* out,
                    float* scales) {
+  const Timed timed(ctx.times, Op::kQuantize);
   for_rows(ctx, rows, n, [&](int64_t row, int) {
     scales[row] = ctx.kernels.quantize_row(x + row * n, n, out + row * n);
   });
@@ -205,6 +211,7 @@ void quantize_rows(Context& ctx, const float* x, int64_t rows, int64_t n, int8_t
 
 void expert_mlp(Context& ctx, const float* x, const int32_t* counts, const Weight& gate_up,
                 const Weight& down, float* out) {
+  const Timed timed(ctx.times, Op::kExpertMlp);
   int64_t rows = 0;
   for (int64_t e = 0; e < gate_up.groups; ++e) rows += counts[e];
   float* hidden = ctx.hidden.get<float>(rows * gate_up.n);

@@ -87,6 +87,7 @@ void route(const Kernels& kernels, const float* logits, const Gate& gate, const 
 
 void gate_topk(Context& ctx, const float* logits, int64_t tokens, const Gate& gate,
                const float* bias, int32_t* ids, float* weights) {
+  const Timed timed(ctx.times, Op::kGate);
   float* scratch = ctx.rows.get<float>(2 * (gate.num_experts + gate.num_groups));
   for (int64_t t = 0; t < tokens; ++t) {
     route(ctx.kernels, logits + t * gate.num_experts, gate, bias, scratch, ids + t * gate.top_k,
@@ -96,6 +97,7 @@ void gate_topk(Context& ctx, const float* logits, int64_t tokens, const Gate& ga
 
 void combine_topk(Context& ctx, const float* rows, int64_t width, const int32_t* row_of_slot,
                   const float* weights, int64_t tokens, int64_t top_k, float* out) {
+  const Timed timed(ctx.times, Op::kCombine);
   ctx.pool.for_each(tokens, [&](int64_t t, int) {
     float* sum = out + t * width;
     std::fill_n(sum, width, 0.0f);

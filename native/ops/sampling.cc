@@ -150,6 +150,7 @@ void best_ids(const float* logits, int64_t n, int64_t count, int32_t* out) {
 
 void sample(Context& ctx, const float* logits, int64_t rows, int64_t vocab, const Sampling& params,
             int32_t* out) {
+  const Timed timed(ctx.times, Op::kSample);
   for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(2 * vocab + 1);
   ctx.pool.for_each(rows, [&](int64_t b, int thread) {
     float* mass = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(2 * vocab + 1);
@@ -162,6 +163,7 @@ void sample(Context& ctx, const float* logits, int64_t rows, int64_t vocab, cons
 void top_logprobs(Context& ctx, const float* logits, int64_t rows, int64_t vocab,
                   const int32_t* ids, int64_t num_top, float* chosen, int32_t* top_ids,
                   float* top_values) {
+  const Timed timed(ctx.times, Op::kLogprobs);
   for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(vocab);
   ctx.pool.for_each(rows, [&](int64_t b, int thread) {
     float* mass = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(vocab);

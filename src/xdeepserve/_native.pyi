@@ -1,6 +1,6 @@
 """Types of the compiled core. Arrays are C-contiguous; outputs are written in place."""
 
-from xdeepserve.ops.contract import F32, I8, I32, U8, Array
+from xdeepserve.ops.types import F32, I8, I32, U8, Array
 
 LAYOUT: str
 COMPILER: str
@@ -10,12 +10,53 @@ def packed_bytes(dtype: int, groups: int, n: int, k: int) -> int: ...
 
 _Shape = tuple[int, int, int, int]
 
+class Weight:
+    def __init__(self, data: U8, dtype: int, shape: tuple[int, ...]) -> None: ...
+
+class Cache:
+    def __init__(self, keys: Array, values: Array | None) -> None: ...
+
+class Batch:
+    def __init__(
+        self,
+        query_start: I32,
+        seq_lens: I32,
+        block_tables: I32,
+        positions: I32,
+        slot_mapping: I32,
+        block_size: int,
+    ) -> None: ...
+    @property
+    def block_size(self) -> int: ...
+
+class GqaLayer:
+    def __init__(
+        self,
+        input_norm: F32,
+        ffn_norm: F32,
+        eps: float,
+        qkv: Weight,
+        qkv_bias: F32 | None,
+        output: Weight,
+        output_bias: F32 | None,
+        q_norm: F32 | None,
+        k_norm: F32 | None,
+        norm_eps: float,
+        rope: F32,
+        num_heads: int,
+        scale: float,
+    ) -> None: ...
+    def set_router(
+        self, weight: Weight, bias: F32 | None, gate: tuple[int, bool, bool, int, int, float]
+    ) -> None: ...
+
 class Context:
     def __init__(self, isa: str, num_threads: int) -> None: ...
     @property
     def isa(self) -> str: ...
     @property
     def num_threads(self) -> int: ...
+    def op_times(self) -> dict[str, tuple[int, int]]: ...
     def read_bandwidth(self, bytes: int, repeats: int) -> float: ...
     def gemm_peak(self, dtype: int, repeats: int) -> float: ...
     def pack(self, values: F32, dtype: int, out: U8) -> None: ...
@@ -99,4 +140,25 @@ class Context:
     ) -> None: ...
     def top_logprobs(
         self, logits: F32, token_ids: I32, chosen: F32, top_ids: I32, top_values: F32
+    ) -> None: ...
+    def gqa_layer(
+        self,
+        layer: GqaLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: Batch,
+        kv: Cache,
+        sum: F32,
+        hidden: F32,
+        ids: I32 | None,
+        weights: F32 | None,
+    ) -> None: ...
+    def routed_experts(
+        self,
+        x: F32,
+        topk_ids: I32,
+        topk_weights: F32,
+        gate_up: Weight,
+        down: Weight,
+        out: F32,
     ) -> None: ...

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, dataclass
-from typing import cast
 
-from xdeepserve._native import Context
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.config import EngineConfig, ModelConfig
 from xdeepserve.errors import ConfigError
@@ -23,7 +21,6 @@ from xdeepserve.launch.offline import random_requests
 from xdeepserve.loadgen.report import json_line, machine_fingerprint
 from xdeepserve.ops.cpu import CpuOps
 from xdeepserve.ops.machine import measure_ceilings
-from xdeepserve.ops.timed_calls import TimedCalls
 from xdeepserve.transformerless.stage_times import StageTimes
 
 
@@ -34,7 +31,7 @@ class StepTimes:
     Attributes:
         step_us: the whole step.
         stages_us: by stage; what no stage covers is handing outputs over.
-        operators_us: by native operator, pool and arguments' checks included.
+        operators_us: by native operator, its thread pool included.
         operator_calls: calls of each in a step.
     """
 
@@ -74,14 +71,12 @@ def run(args: argparse.Namespace) -> int:
     ops = loaded.model.ops
     if not isinstance(ops, CpuOps):
         raise ConfigError("`bench step` looks into the cpu backend only; leave out --backend")
-    calls = TimedCalls(ops.native)
-    ops.native = cast("Context", calls)
     times = StageTimes()
     group = build_dp_group(
         model=loaded.model, model_name=loaded.name, config=config, stage_times=times
     )
     results = [
-        measure(group, times, calls, batch=batch, input_len=args.input_len, num_steps=args.steps)
+        measure(group, times, ops, batch=batch, input_len=args.input_len, num_steps=args.steps)
         for batch in args.batch
     ]
     for result in results:
@@ -103,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     group: DPGroup,
     times: StageTimes,
-    calls: TimedCalls,
+    ops: CpuOps,
     *,
     batch: int,
     input_len: int,
@@ -114,7 +109,7 @@ def measure(
     Args:
         group: not started.
         times: the group's stages.
-        calls: stands before the group's native operators.
+        ops: of the group's model.
         batch: requests; at most what the group runs at once.
         input_len: prompt tokens of each.
         num_steps: steps that count.
@@ -131,7 +126,7 @@ def measure(
     while len(group.step()) < batch:
         pass
     group.step()
-    result = _decode(group, times, calls, batch, num_steps)
+    result = _decode(group, times, ops, batch, num_steps)
     for request in requests:
         group.abort(request.request_id)
     group.step()
@@ -139,10 +134,10 @@ def measure(
 
 
 def _decode(
-    group: DPGroup, times: StageTimes, calls: TimedCalls, batch: int, num_steps: int
+    group: DPGroup, times: StageTimes, ops: CpuOps, batch: int, num_steps: int
 ) -> StepTimes:
     """Times of `num_steps` steps of requests that all decode."""
-    calls.clear()
+    before = ops.native.op_times()
     before_s = times.seconds()
     begun_s = SYSTEM_CLOCK.monotonic()
     for _ in range(num_steps):
@@ -152,14 +147,18 @@ def _decode(
         str(stage): 1e6 * (seconds - before_s.get(stage, 0.0)) / num_steps
         for stage, seconds in times.seconds().items()
     }
-    made = {name: t for name, t in calls.times.items() if t.count}
+    made = {
+        name: (calls - before[name][0], nanos - before[name][1])
+        for name, (calls, nanos) in ops.native.op_times().items()
+        if calls > before[name][0]
+    }
     return StepTimes(
         batch=batch,
         num_steps=num_steps,
         step_us=step_us,
         stages_us=stages,
-        operators_us={name: t.total_ns / 1e3 / num_steps for name, t in made.items()},
-        operator_calls={name: t.count / num_steps for name, t in made.items()},
+        operators_us={name: nanos / 1e3 / num_steps for name, (_, nanos) in made.items()},
+        operator_calls={name: calls / num_steps for name, (calls, _) in made.items()},
     )
 
 

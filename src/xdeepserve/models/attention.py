@@ -1,51 +1,17 @@
-"""The two kinds of attention behind one call: normed hidden states in, attention output out.
+"""Latent attention: normed hidden states in, attention output out.
 
-Both write this step's keys and values into the layer's paged cache and attend over it. Nothing
-here knows of residuals, routers or transport.
+Writes this step's latents into the layer's paged cache and attends over it. Nothing here knows of
+residuals, routers or transport. (Grouped-query attention is one operator, `Ops.gqa_layer`.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-from xdeepserve.models.spec import GqaSpec, MlaSpec
-from xdeepserve.ops import F32, AttentionBatch, KVLayer, Ops, PackedWeight, QKNorm
-
-
-class Attention(Protocol):
-    """One layer's attention."""
-
-    def __call__(self, ops: Ops, hidden_states: F32, batch: AttentionBatch, kv: KVLayer) -> F32:
-        """[T, H] from normed hidden states [T, H]; writes this step's tokens into `kv`."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class GqaAttention:
-    """Grouped-query attention. `qkv` is the row-wise stack of q, k and v projections.
-
-    Attributes:
-        rope: [max_positions, rotary_dim] table, shared by all layers.
-    """
-
-    spec: GqaSpec
-    rope: F32
-    qkv: PackedWeight
-    qkv_bias: F32 | None
-    output: PackedWeight
-    output_bias: F32 | None
-    norm: QKNorm | None
-
-    def __call__(self, ops: Ops, hidden_states: F32, batch: AttentionBatch, kv: KVLayer) -> F32:
-        qkv = ops.linear(hidden_states, self.qkv, self.qkv_bias)
-        q = ops.rope_kv_write(
-            qkv, self.rope, batch, kv, num_heads=self.spec.num_heads, norm=self.norm
-        )
-        attended = ops.paged_attention(q, batch, kv, scale=self.spec.scale)
-        return ops.linear(_flatten_heads(attended), self.output, self.output_bias)
+from xdeepserve.models.spec import MlaSpec
+from xdeepserve.ops import F32, AttentionBatch, KVLayer, Ops, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)

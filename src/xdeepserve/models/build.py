@@ -7,7 +7,6 @@ builder for those.
 
 from __future__ import annotations
 
-from xdeepserve.models.attention import Attention
 from xdeepserve.models.build_attention import AttentionBuilder
 from xdeepserve.models.checkpoint_api import Checkpoint, WeightProvider
 from xdeepserve.models.decoder import Layer, Model
@@ -20,11 +19,12 @@ from xdeepserve.models.units import (
     EmbeddingUnit,
     ExpertUnit,
     FfnUnit,
+    GqaUnit,
     HeadUnit,
-    Router,
+    MlaUnit,
 )
 from xdeepserve.models.weights import Weights
-from xdeepserve.ops import F32, Array, Ops, WeightDtype
+from xdeepserve.ops import F32, Array, LayerFrame, Ops, Router, WeightDtype
 from xdeepserve.ops.quant import to_bf16
 
 
@@ -105,12 +105,7 @@ class ModelBuilder:
             rope=self._rope,
             layer_idx=idx,
         )
-        kind = spec.attention
-        attention: Attention
-        attention = builder.gqa(kind) if isinstance(kind, GqaSpec) else builder.mla(kind)
-        return AttentionUnit(
-            ops=self._ops,
-            attention=attention,
+        frame = LayerFrame(
             input_norm=vector(f"{ours}.input_norm", f"{theirs}.input_layernorm.weight", hidden),
             ffn_norm=vector(
                 f"{ours}.ffn_norm", f"{theirs}.post_attention_layernorm.weight", hidden
@@ -118,6 +113,9 @@ class ModelBuilder:
             norm_eps=spec.norm_eps,
             router=self._router(idx),
         )
+        if isinstance(spec.attention, GqaSpec):
+            return GqaUnit(self._ops, builder.gqa(spec.attention, frame))
+        return MlaUnit(self._ops, builder.mla(spec.attention), frame)
 
     def ffn(self, idx: int) -> FfnUnit | None:
         """The dense MLP or the shared experts of layer `idx`; None where there is neither."""

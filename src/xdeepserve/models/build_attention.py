@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from xdeepserve.models.attention import GqaAttention, MlaAttention
+from xdeepserve.models.attention import MlaAttention
 from xdeepserve.models.spec import GqaSpec, MlaSpec
 from xdeepserve.models.weights import Weights
-from xdeepserve.ops import F32, PackedWeight, QKNorm
+from xdeepserve.ops import F32, GqaLayer, LayerFrame, PackedWeight, QKNorm
 
 
 class AttentionBuilder:
@@ -29,7 +29,7 @@ class AttentionBuilder:
         self._ours = f"layers.{layer_idx}.attention"
         self._theirs = f"model.layers.{layer_idx}.self_attn"
 
-    def gqa(self, spec: GqaSpec) -> GqaAttention:
+    def gqa(self, spec: GqaSpec, frame: LayerFrame) -> GqaLayer:
         """Grouped-query attention: q, k and v in one matrix."""
         heads = {"q": spec.num_heads, "k": spec.num_kv_heads, "v": spec.num_kv_heads}
         rows = [(f"{self._theirs}.{x}_proj", count * spec.head_dim) for x, count in heads.items()]
@@ -44,7 +44,17 @@ class AttentionBuilder:
             )
         output = self._output(spec.num_heads * spec.head_dim)
         output_bias = self._output_bias() if spec.output_bias else None
-        return GqaAttention(spec, self._rope, qkv, bias, output, output_bias, norm)
+        return GqaLayer(
+            frame=frame,
+            qkv=qkv,
+            qkv_bias=bias,
+            output=output,
+            output_bias=output_bias,
+            norm=norm,
+            rope=self._rope,
+            num_heads=spec.num_heads,
+            scale=spec.scale,
+        )
 
     def mla(self, spec: MlaSpec) -> MlaAttention:
         """Latent attention in absorbed form."""

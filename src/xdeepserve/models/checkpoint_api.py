@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from xdeepserve.ops import F32, Array, WeightDtype
-from xdeepserve.ops.contract import PackedWeight
+from xdeepserve.ops.types import PackedWeight
 
 LinearLoader = Callable[[], F32 | Iterator[F32]]
 """Yields a linear weight: one [N, K] or [G, N, K] array, or an iterator over the G groups [N, K].

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from xdeepserve.ops import Array
-from xdeepserve.ops.contract import U8
+from xdeepserve.ops.types import U8
 
 HUGE_PAGE_BYTES: Final = 2 << 20
 

@@ -37,7 +37,7 @@ from xdeepserve.models.files.source_digest import (
     stamp_files,
 )
 from xdeepserve.ops import F32, Array, Ops, PackedWeight, WeightDtype, quant
-from xdeepserve.ops.contract import U8
+from xdeepserve.ops.types import U8
 
 LOCK_TIMEOUT_S: Final = 3600.0
 STALE_AFTER_S: Final = 86400.0

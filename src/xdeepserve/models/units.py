@@ -8,11 +8,24 @@ A unit holds its own packed weights and nothing else, so each can live in anothe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from xdeepserve.models.attention import Attention
-from xdeepserve.ops import F32, I32, Array, AttentionBatch, GateSpec, KVLayer, Ops, PackedWeight
+from xdeepserve.models.attention import MlaAttention
+from xdeepserve.ops import (
+    F32,
+    I32,
+    Array,
+    AttentionBatch,
+    AttentionOutput,
+    GqaLayer,
+    KVLayer,
+    LayerFrame,
+    Ops,
+    PackedWeight,
+    composed,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,47 +40,13 @@ class EmbeddingUnit:
         return self.ops.embed(self.table, token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Router:
-    """Chooses experts. Its weight is float32 in every precision: a flipped choice is not noise."""
-
-    weight: PackedWeight
-    correction_bias: F32 | None
-    spec: GateSpec
-
-    def __call__(self, ops: Ops, hidden_states: F32) -> tuple[I32, F32]:
-        """(topk_ids [T, K], topk_weights [T, K])."""
-        logits = ops.linear(hidden_states, self.weight)
-        return ops.gate_topk(logits, self.spec, self.correction_bias)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionOutput:
-    """What a layer's attention hands on.
-
-    Attributes:
-        residual: [T, H]; stays with the attention side.
-        hidden_states: [T, H], normed; goes to FFN and experts.
-        topk_ids: [T, K] logical expert ids; None on a dense layer.
-        topk_weights: [T, K]; None on a dense layer.
-    """
-
-    residual: F32
-    hidden_states: F32
-    topk_ids: I32 | None
-    topk_weights: F32 | None
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionUnit:
+class AttentionUnit(Protocol):
     """Everything of a layer up to its FFN: norms, attention, residual adds, router."""
 
-    ops: Ops
-    attention: Attention
-    input_norm: F32
-    ffn_norm: F32
-    norm_eps: float
-    router: Router | None
+    @property
+    def frame(self) -> LayerFrame:
+        """Norms and router."""
+        ...
 
     def __call__(
         self, residual: F32, ffn_output: F32 | None, batch: AttentionBatch, kv: KVLayer
@@ -80,19 +59,43 @@ class AttentionUnit:
             batch: which tokens these are and where their KV lives.
             kv: this layer's cache; this step's tokens are written.
         """
-        ops = self.ops
-        if ffn_output is None:
-            normed = ops.rms_norm(residual, self.input_norm, self.norm_eps)
-        else:
-            residual, normed = ops.add_rms_norm(
-                residual, ffn_output, self.input_norm, self.norm_eps
-            )
-        attended = self.attention(ops, normed, batch, kv)
-        residual, hidden = ops.add_rms_norm(residual, attended, self.ffn_norm, self.norm_eps)
-        if self.router is None:
-            return AttentionOutput(residual, hidden, None, None)
-        topk_ids, topk_weights = self.router(ops, hidden)
-        return AttentionOutput(residual, hidden, topk_ids, topk_weights)
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GqaUnit:
+    """An AttentionUnit with grouped-query attention."""
+
+    ops: Ops
+    layer: GqaLayer
+
+    @property
+    def frame(self) -> LayerFrame:
+        """See AttentionUnit."""
+        return self.layer.frame
+
+    def __call__(
+        self, residual: F32, ffn_output: F32 | None, batch: AttentionBatch, kv: KVLayer
+    ) -> AttentionOutput:
+        """See AttentionUnit."""
+        return self.ops.gqa_layer(self.layer, residual, ffn_output, batch, kv)
+
+
+@dataclass(frozen=True, slots=True)
+class MlaUnit:
+    """An AttentionUnit with latent attention."""
+
+    ops: Ops
+    attention: MlaAttention
+    frame: LayerFrame
+
+    def __call__(
+        self, residual: F32, ffn_output: F32 | None, batch: AttentionBatch, kv: KVLayer
+    ) -> AttentionOutput:
+        """See AttentionUnit."""
+        residual, normed = composed.enter(self.ops, self.frame, residual, ffn_output)
+        attended = self.attention(self.ops, normed, batch, kv)
+        return composed.leave(self.ops, self.frame, residual, attended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,10 @@ class ExpertUnit:
     def __call__(self, rows: F32, num_tokens_per_expert: I32) -> F32:
         """[R, H] from rows [R, H] sorted by expert; num_tokens_per_expert [E] sums to R."""
         return self.ops.expert_mlp(rows, num_tokens_per_expert, self.gate_up, self.down)
+
+    def routed(self, x: F32, topk_ids: I32, topk_weights: F32) -> F32:
+        """[T, H]: the experts of the tokens x [T, H], added up; ids count from expert 0 of here."""
+        return self.ops.routed_experts(x, topk_ids, topk_weights, self.gate_up, self.down)
 
     def experts(self, start: int, stop: int) -> ExpertUnit:
         """The unit of logical experts [start, stop), sharing memory."""

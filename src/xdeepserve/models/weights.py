@@ -19,7 +19,7 @@ from xdeepserve.models.checkpoint_api import (
 )
 from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.ops import F32, Array, Ops, PackedWeight, WeightDtype
-from xdeepserve.ops.contract import U8
+from xdeepserve.ops.types import U8
 
 Rows = list[tuple[str, int]]
 """Tensors below each other: (name without .weight or .bias, number of rows)."""

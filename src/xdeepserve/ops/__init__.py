@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from xdeepserve.ops.contract import (
+from xdeepserve.ops.contract import Ops
+from xdeepserve.ops.registry import get_ops
+from xdeepserve.ops.types import (
     F32,
     I8,
     I32,
     Array,
     AttentionBatch,
+    AttentionOutput,
     GateSpec,
+    GqaLayer,
     KVLayer,
-    Ops,
+    LayerFrame,
     PackedWeight,
     QKNorm,
+    Router,
     SamplingBatch,
     WeightDtype,
 )
-from xdeepserve.ops.registry import get_ops
 
 __all__ = [
     "F32",
@@ -24,11 +28,15 @@ __all__ = [
     "I32",
     "Array",
     "AttentionBatch",
+    "AttentionOutput",
     "GateSpec",
+    "GqaLayer",
     "KVLayer",
+    "LayerFrame",
     "Ops",
     "PackedWeight",
     "QKNorm",
+    "Router",
     "SamplingBatch",
     "WeightDtype",
     "get_ops",

@@ -1,158 +1,28 @@
-"""The operator contract: types and the `Ops` protocol every backend implements.
+"""The operator contract: the `Ops` protocol that every backend implements.
 
-Activations between operators are C-contiguous float32 arrays; weights are opaque `PackedWeight`
-objects, packed once by the backend that will read them and mapped from a file afterwards.
 Law 1: each output row depends on its own input row (and KV) alone, with a fixed order of every
-reduction, whatever the batch, the tile or the number of threads.
-
-Shape letters: T tokens, B sequences, H hidden, D head dim, V vocabulary, E experts, K top-k,
-R rows sorted by expert, N output features, I inner features.
+reduction, whatever the batch, the tile or the number of threads. Shape letters as in `types`.
 """
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-F32 = npt.NDArray[np.float32]
-I32 = npt.NDArray[np.int32]
-I8 = npt.NDArray[np.int8]
-U8 = npt.NDArray[np.uint8]
-Array = npt.NDArray[Any]
-
-
-class WeightDtype(enum.StrEnum):
-    """Precision classes of a packed weight.
-
-    float32: float32 weights and activations. bf16: weights and the activations entering the GEMM
-    rounded to bfloat16 (nearest even), float32 accumulation. int8: symmetric int8 weights with one
-    scale per output feature, activations quantized per row at run time to [-127, 127], exact int32
-    accumulation, result = float(acc) * (row_scale * column_scale).
-    """
-
-    FLOAT32 = "float32"
-    BF16 = "bf16"
-    INT8 = "int8"
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A stack of G linear weights [G, N, K] in a backend's own layout.
-
-    Only the backend whose `layout` it carries may look inside `data`. Groups are experts or heads;
-    a plain linear has G = 1. The bytes of one group are contiguous and all groups equally long, so
-    a slice of experts is a slice of `data`.
-
-    Attributes:
-        layout: backend layout id with version, for example "panel32/1".
-        dtype: precision class.
-        shape: (G, N, K) of the logical weight.
-        data: [nbytes] uint8, 64-byte aligned; possibly a read-only memory map.
-    """
-
-    layout: str
-    dtype: WeightDtype
-    shape: tuple[int, int, int]
-    data: U8
-
-    def groups(self, start: int, stop: int) -> PackedWeight:
-        """The weights of groups [start, stop), sharing memory."""
-        stride = self.data.size // self.shape[0]
-        shape = (stop - start, *self.shape[1:])
-        return PackedWeight(
-            self.layout, self.dtype, shape, self.data[start * stride : stop * stride]
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class KVLayer:
-    """Paged cache of one layer; slot s lives in block s // block_size at s % block_size.
-
-    Attributes:
-        k: [num_blocks, num_kv_heads, block_size, D] float32, or uint16 holding bfloat16 bits.
-            For MLA: one head whose row is the normed latent followed by the rotated rope key.
-        v: like k; None for MLA, where values are read from the latent.
-    """
-
-    k: Array
-    v: Array | None
-
-    @property
-    def block_size(self) -> int:
-        return int(self.k.shape[2])
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionBatch:
-    """Which tokens of a step belong to which sequence, and where their KV lives.
-
-    Attributes:
-        query_start: [B + 1] int32; tokens of sequence b are rows query_start[b] to [b + 1].
-        seq_lens: [B] int32; context length including this step's tokens. Row i of sequence b has
-            position seq_lens[b] - (query_start[b + 1] - query_start[b]) + i and attends to all
-            positions up to its own.
-        block_tables: [B, max_blocks] int32, physical block ids, padded with -1.
-        positions: [T] int32.
-        slot_mapping: [T] int32; where token t's KV is written.
-    """
-
-    query_start: I32
-    seq_lens: I32
-    block_tables: I32
-    positions: I32
-    slot_mapping: I32
-
-
-@dataclass(frozen=True, slots=True)
-class QKNorm:
-    """RMS norm over each head of q and k before rotation (Qwen3, GLM-4.5). Weights [D] float32."""
-
-    q_weight: F32
-    k_weight: F32
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class GateSpec:
-    """How a router turns scores into experts.
-
-    softmax: scores = softmax(logits) over all E. sigmoid: scores = sigmoid(logits), choice by
-    scores + bias, weights from scores alone (DeepSeek-V3 `noaux_tc`). With num_groups > 1 only the
-    topk_groups groups with the largest sum of their two best (biased) scores may be chosen. With
-    renormalize the chosen weights are divided by their sum (plus 1e-20 for sigmoid); then all are
-    multiplied by scaling.
-    """
-
-    num_experts: int
-    top_k: int
-    scoring: str
-    renormalize: bool
-    num_groups: int = 1
-    topk_groups: int = 1
-    scaling: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """Per-row sampling parameters; all arrays have length B.
-
-    Attributes:
-        temperature: float32; 0 means greedy (argmax, lowest id wins ties).
-        top_k: int32; 0 = off.
-        top_p: float32; 1 = off.
-        min_p: float32; 0 = off.
-        uniform: float64 in [0, 1): the counter-based random number of (seed, position).
-    """
-
-    temperature: F32
-    top_k: I32
-    top_p: F32
-    min_p: F32
-    uniform: npt.NDArray[np.float64]
+from xdeepserve.ops.types import (
+    F32,
+    I8,
+    I32,
+    Array,
+    AttentionBatch,
+    AttentionOutput,
+    GateSpec,
+    GqaLayer,
+    KVLayer,
+    PackedWeight,
+    QKNorm,
+    SamplingBatch,
+    WeightDtype,
+)
 
 
 class Ops(Protocol):
@@ -249,6 +119,27 @@ class Ops(Protocol):
         """
         ...
 
+    def gqa_layer(
+        self,
+        layer: GqaLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: AttentionBatch,
+        kv: KVLayer,
+    ) -> AttentionOutput:
+        """The attention side of a layer: norm, QKV, attention, output, norm, router.
+
+        Equals `composed.gqa_layer` bit for bit.
+
+        Args:
+            layer: weights.
+            residual: [T, H] residual stream before the previous layer's FFN output was added.
+            ffn_output: [T, H] of the previous layer; None for the first layer.
+            batch: which tokens these are and where their KV lives.
+            kv: this layer's cache; this step's tokens are written.
+        """
+        ...
+
     # -- experts --------------------------------------------------------------------------------
 
     def gate_topk(self, logits: F32, spec: GateSpec, bias: F32 | None = None) -> tuple[I32, F32]:
@@ -269,6 +160,15 @@ class Ops(Protocol):
         """[T, H] = sum over slots k ascending of topk_weights[t, k] * rows[row_of_slot[t, k]].
 
         row_of_slot [T, K] int32, -1 = skip the slot.
+        """
+        ...
+
+    def routed_experts(
+        self, x: F32, topk_ids: I32, topk_weights: F32, gate_up: PackedWeight, down: PackedWeight
+    ) -> F32:
+        """[T, H]: all experts of the tokens x [T, H], added up; topk_ids [T, K], -1 = skip.
+
+        Equals `composed.routed_experts` bit for bit.
         """
         ...
 

@@ -11,14 +11,16 @@ import numpy as np
 
 from xdeepserve import envs
 from xdeepserve.errors import ConfigError
-from xdeepserve.ops.contract import (
+from xdeepserve.ops.types import (
     F32,
     I8,
     I32,
     U8,
     Array,
     AttentionBatch,
+    AttentionOutput,
     GateSpec,
+    GqaLayer,
     KVLayer,
     PackedWeight,
     QKNorm,
@@ -28,14 +30,21 @@ from xdeepserve.ops.contract import (
 
 try:
     from xdeepserve import _native
+    from xdeepserve.ops.cpu_views import (
+        DTYPE_CODES,
+        batch_view,
+        cache_view,
+        gate_numbers,
+        layer_view,
+        shape_of,
+        weight_view,
+    )
 except ImportError as exc:
     raise ConfigError(
         f"the native core is missing or does not load ({exc}); install the package with a C++ "
         "compiler present, or use the reference backend"
     ) from exc
 
-DTYPE_CODES = {WeightDtype.FLOAT32: 0, WeightDtype.BF16: 1, WeightDtype.INT8: 2}
-_SCORINGS = ("softmax", "sigmoid")
 _ALIGN = 64
 
 
@@ -82,7 +91,7 @@ class CpuOps:
 
     def unpack(self, weight: PackedWeight) -> F32:
         out = np.empty(weight.shape, np.float32)
-        self.native.unpack(weight.data, self._shape(weight), out)
+        self.native.unpack(weight.data, shape_of(weight), out)
         return out
 
     # -- dense ----------------------------------------------------------------------------------
@@ -94,12 +103,12 @@ class CpuOps:
 
     def linear(self, x: F32, weight: PackedWeight, bias: F32 | None = None) -> F32:
         out = np.empty((x.shape[0], weight.shape[1]), np.float32)
-        self.native.linear(x, weight.data, self._shape(weight), bias, out)
+        self.native.linear(x, weight.data, shape_of(weight), bias, out)
         return out
 
     def grouped_linear(self, x: F32, weight: PackedWeight) -> F32:
         out = np.empty((x.shape[0], *weight.shape[:2]), np.float32)
-        self.native.grouped_linear(x, weight.data, self._shape(weight), out)
+        self.native.grouped_linear(x, weight.data, shape_of(weight), out)
         return out
 
     def rms_norm(self, x: F32, weight: F32, eps: float) -> F32:
@@ -170,18 +179,42 @@ class CpuOps:
         self.native.mla_attention(q_latent, q_rope, starts, lens, tables, kv.k, scale, out)
         return out
 
+    def gqa_layer(
+        self,
+        layer: GqaLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: AttentionBatch,
+        kv: KVLayer,
+    ) -> AttentionOutput:
+        num_tokens = residual.shape[0]
+        total, hidden = np.empty_like(residual), np.empty_like(residual)
+        ids = weights = None
+        if layer.frame.router is not None:
+            top_k = layer.frame.router.spec.top_k
+            ids = np.empty((num_tokens, top_k), np.int32)
+            weights = np.empty((num_tokens, top_k), np.float32)
+        self.native.gqa_layer(
+            layer_view(layer),
+            residual,
+            ffn_output,
+            batch_view(batch, kv.block_size),
+            cache_view(kv),
+            total,
+            hidden,
+            ids,
+            weights,
+        )
+        return AttentionOutput(total, hidden, ids, weights)
+
     # -- experts --------------------------------------------------------------------------------
 
     def gate_topk(self, logits: F32, spec: GateSpec, bias: F32 | None = None) -> tuple[I32, F32]:
-        if spec.scoring not in _SCORINGS:
-            raise ValueError(f"gate scoring {spec.scoring!r} is unknown; use {_SCORINGS}")
+        _, is_sigmoid, renormalize, num_groups, topk_groups, scaling = gate_numbers(spec)
         ids = np.empty((logits.shape[0], spec.top_k), np.int32)
         weights = np.empty((logits.shape[0], spec.top_k), np.float32)
-        groups = (spec.num_groups, spec.topk_groups)
-        is_sigmoid = spec.scoring == "sigmoid"
-        self.native.gate_topk(
-            logits, bias, is_sigmoid, spec.renormalize, groups, spec.scaling, ids, weights
-        )
+        groups = (num_groups, topk_groups)
+        self.native.gate_topk(logits, bias, is_sigmoid, renormalize, groups, scaling, ids, weights)
         return ids, weights
 
     def expert_mlp(
@@ -192,9 +225,9 @@ class CpuOps:
             x,
             num_tokens_per_expert,
             gate_up.data,
-            self._shape(gate_up),
+            shape_of(gate_up),
             down.data,
-            self._shape(down),
+            shape_of(down),
             out,
         )
         return out
@@ -202,6 +235,15 @@ class CpuOps:
     def combine_topk(self, rows: F32, row_of_slot: I32, topk_weights: F32) -> F32:
         out = np.empty((row_of_slot.shape[0], rows.shape[1]), np.float32)
         self.native.combine_topk(rows, row_of_slot, topk_weights, out)
+        return out
+
+    def routed_experts(
+        self, x: F32, topk_ids: I32, topk_weights: F32, gate_up: PackedWeight, down: PackedWeight
+    ) -> F32:
+        out = np.empty((x.shape[0], down.shape[1]), np.float32)
+        self.native.routed_experts(
+            x, topk_ids, topk_weights, weight_view(gate_up), weight_view(down), out
+        )
         return out
 
     # -- sampling -------------------------------------------------------------------------------
@@ -225,13 +267,6 @@ class CpuOps:
         values = np.empty((logits.shape[0], num_top), np.float32)
         self.native.top_logprobs(logits, token_ids, chosen, ids, values)
         return chosen, ids, values
-
-    def _shape(self, weight: PackedWeight) -> tuple[int, int, int, int]:
-        if weight.layout != self.layout:
-            raise ValueError(
-                f"weight has layout {weight.layout!r}; this backend reads {self.layout!r}"
-            )
-        return (DTYPE_CODES[weight.dtype], *weight.shape)
 
 
 def default_num_threads() -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from xdeepserve.ops.contract import WeightDtype
-from xdeepserve.ops.cpu import DTYPE_CODES, CpuOps
+from xdeepserve.ops.cpu import CpuOps
+from xdeepserve.ops.cpu_views import DTYPE_CODES
+from xdeepserve.ops.types import WeightDtype
 
 READ_BYTES: Final = 256 << 20
 """Beyond the last-level cache of common machines, so that reads come from memory."""

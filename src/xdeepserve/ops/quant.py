@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from xdeepserve.ops.contract import F32, I8
+from xdeepserve.ops.types import F32, I8
 
 U16 = npt.NDArray[np.uint16]
 

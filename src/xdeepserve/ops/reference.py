@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import numpy as np
 
+from xdeepserve.ops import composed
 from xdeepserve.ops import reference_attention as attention
 from xdeepserve.ops import reference_sampling as sampling
-from xdeepserve.ops.contract import (
+from xdeepserve.ops.quant import from_bf16, quantize_int8, round_bf16
+from xdeepserve.ops.reference_weights import LAYOUT, Weight, pack_rows, unpack_rows
+from xdeepserve.ops.types import (
     F32,
     I8,
     I32,
     Array,
     AttentionBatch,
+    AttentionOutput,
     GateSpec,
+    GqaLayer,
     KVLayer,
     PackedWeight,
     QKNorm,
     SamplingBatch,
     WeightDtype,
 )
-from xdeepserve.ops.quant import from_bf16, quantize_int8, round_bf16
-from xdeepserve.ops.reference_weights import LAYOUT, Weight, pack_rows, unpack_rows
 
 
 class ReferenceOps:
@@ -94,6 +97,16 @@ class ReferenceOps:
     ) -> F32:
         return attention.mla_attention(q_latent, q_rope, batch, kv, scale=scale)
 
+    def gqa_layer(
+        self,
+        layer: GqaLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: AttentionBatch,
+        kv: KVLayer,
+    ) -> AttentionOutput:
+        return composed.gqa_layer(self, layer, residual, ffn_output, batch, kv)
+
     def gate_topk(self, logits: F32, spec: GateSpec, bias: F32 | None = None) -> tuple[I32, F32]:
         ids = np.empty((logits.shape[0], spec.top_k), np.int32)
         weights = np.empty((logits.shape[0], spec.top_k), np.float32)
@@ -124,6 +137,11 @@ class ReferenceOps:
             if row >= 0:
                 out[t] += topk_weights[t, k] * rows[row]
         return out
+
+    def routed_experts(
+        self, x: F32, topk_ids: I32, topk_weights: F32, gate_up: PackedWeight, down: PackedWeight
+    ) -> F32:
+        return composed.routed_experts(self, x, topk_ids, topk_weights, gate_up, down)
 
     def sample(self, logits: F32, params: SamplingBatch) -> I32:
         ids = [sampling.sample_row(row, params, b) for b, row in enumerate(logits)]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from xdeepserve.ops.contract import F32, I32, Array, AttentionBatch, KVLayer, QKNorm
 from xdeepserve.ops.quant import from_bf16, to_bf16
+from xdeepserve.ops.types import F32, I32, Array, AttentionBatch, KVLayer, QKNorm
 
 
 def rms_norm(x: F32, weight: F32, eps: float) -> F32:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xdeepserve.ops.contract import F32, I32, Array, GateSpec, SamplingBatch
+from xdeepserve.ops.types import F32, I32, Array, GateSpec, SamplingBatch
 
 
 def route(logits: F32, spec: GateSpec, bias: F32 | None) -> tuple[I32, F32]:

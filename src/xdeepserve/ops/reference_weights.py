@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xdeepserve.ops.contract import F32, U8, Array, PackedWeight, WeightDtype
 from xdeepserve.ops.quant import from_bf16, quantize_int8, to_bf16
+from xdeepserve.ops.types import F32, U8, Array, PackedWeight, WeightDtype
 
 LAYOUT = "rows/1"
 _ALIGN = 64

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from xdeepserve.errors import ModelFormatError
-from xdeepserve.ops.contract import F32
+from xdeepserve.ops.types import F32
 
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]

@@ -20,7 +20,6 @@ from typing import Final
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.eplb import ExpertLoadStats
 from xdeepserve.errors import PeerLost, XcclError, XcclTimeout
-from xdeepserve.models.moe import run_experts
 from xdeepserve.ops import F32, I32
 from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, Leg
@@ -142,9 +141,7 @@ class XcclTransport:
             return
         assert handle.topk_ids is not None, "an MoE layer routes"
         assert handle.topk_weights is not None, "an MoE layer weighs"
-        handle.routed = run_experts(
-            experts, handle.hidden_states, handle.topk_ids, handle.topk_weights
-        )
+        handle.routed = experts.routed(handle.hidden_states, handle.topk_ids, handle.topk_weights)
 
     def _post(self, leg: Leg) -> None:
         # A slot that a lost rank blocks is posted by the wait, after its share has moved.

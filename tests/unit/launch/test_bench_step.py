@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import pytest
 
 from tests.toys import toy_model
-from xdeepserve._native import Context
 from xdeepserve.config import EngineConfig
 from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.launch.bench_step import measure
 from xdeepserve.ops.cpu import CpuOps
-from xdeepserve.ops.timed_calls import TimedCalls
 from xdeepserve.testing.fake_clock import FakeClock
 from xdeepserve.transformerless.stage_times import StageTimes
 
@@ -22,17 +18,12 @@ def test_stages_and_operators_of_decode_steps(budget: int) -> None:
     model = toy_model("glm4_moe", "bf16", "cpu")
     ops = model.ops
     assert isinstance(ops, CpuOps)
-    native = ops.native
-    calls, times = TimedCalls(native), StageTimes()
+    times = StageTimes()
     config = EngineConfig(max_num_batched_tokens=budget, num_kv_blocks=64, max_num_seqs=8)
     group = build_dp_group(
         model=model, model_name="toy", config=config, clock=FakeClock(), stage_times=times
     )
-    ops.native = cast("Context", calls)
-    try:
-        found = measure(group, times, calls, batch=3, input_len=20, num_steps=4)
-    finally:
-        ops.native = native
+    found = measure(group, times, ops, batch=3, input_len=20, num_steps=4)
     assert found.operator_calls["paged_attention"] == len(model.layers)
     assert found.operator_calls["sample"] == found.operator_calls["embed"] == 1
     stages = {"schedule", "inputs", "attention", "own_modules", "head", "sample", "update"}

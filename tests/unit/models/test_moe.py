@@ -1,43 +1,12 @@
-"""Sorting tokens by expert and putting the answers together again."""
+"""Units of experts: slices, and what they add up to."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from xdeepserve.models.moe import permute_by_expert, run_experts
 from xdeepserve.models.units import ExpertUnit
 from xdeepserve.ops import WeightDtype, get_ops
 from xdeepserve.testing.toy_models import pseudo_random
-
-
-def test_permutation_is_stable_and_counts() -> None:
-    topk_ids = np.array([[2, 0], [0, 2], [3, 0]], np.int32)
-    permutation = permute_by_expert(topk_ids, 4)
-    assert permutation.num_tokens_per_expert.tolist() == [3, 0, 2, 1]
-    assert permutation.token_of_row.tolist() == [0, 1, 2, 0, 1, 2]
-    assert permutation.row_of_slot.tolist() == [[3, 0], [1, 4], [5, 2]]
-
-
-def test_skipped_slots_have_no_row() -> None:
-    permutation = permute_by_expert(np.array([[-1, 1], [-1, -1]], np.int32), 2)
-    assert permutation.num_tokens_per_expert.tolist() == [0, 1]
-    assert permutation.token_of_row.tolist() == [0]
-    assert permutation.row_of_slot.tolist() == [[-1, 0], [-1, -1]]
-
-
-def test_every_slot_finds_its_own_token_and_expert() -> None:
-    rng = np.random.default_rng(1)
-    topk_ids = rng.integers(-1, 7, (50, 3)).astype(np.int32)
-    permutation = permute_by_expert(topk_ids, 7)
-    expert_of_row = np.repeat(np.arange(7), permutation.num_tokens_per_expert)
-    for (token, slot), expert in np.ndenumerate(topk_ids):
-        row = permutation.row_of_slot[token, slot]
-        if expert >= 0:
-            assert (permutation.token_of_row[row], expert_of_row[row]) == (token, expert)
-        else:
-            assert row == -1
-    used = permutation.row_of_slot[topk_ids >= 0]
-    assert sorted(used.tolist()) == list(range(len(expert_of_row)))
 
 
 def test_a_slice_of_experts_gives_the_same_rows() -> None:
@@ -68,4 +37,4 @@ def test_routed_output_is_the_weighted_sum_in_slot_order() -> None:
             mlp = ops.swiglu_mlp(x[token : token + 1], gate_up.groups(expert, expert + 1),
                                  down.groups(expert, expert + 1))  # fmt: skip
             expected[token] += topk_weights[token, slot] * mlp[0]
-    np.testing.assert_array_equal(run_experts(unit, x, topk_ids, topk_weights), expected)
+    np.testing.assert_array_equal(unit.routed(x, topk_ids, topk_weights), expected)

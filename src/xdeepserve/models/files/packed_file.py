@@ -30,7 +30,7 @@ import numpy as np
 from xdeepserve.errors import ModelFormatError
 from xdeepserve.models.huge_pages import map_file
 from xdeepserve.ops import Array, PackedWeight, WeightDtype
-from xdeepserve.ops.contract import U8
+from xdeepserve.ops.types import U8
 
 FORMAT_VERSION: Final = 1
 ALIGNMENT: Final = 4096
