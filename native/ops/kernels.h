@@ -58,6 +58,14 @@ inline int64_t attend_scratch(int64_t rows, int64_t key_dim, int64_t value_dim) 
          16 * ((key_dim + 15) / 16 * 16);
 }
 
+// The largest of some entries: the lowest id that has it.
+struct Best {
+  float value;
+  int32_t id;
+};
+
+inline constexpr Best kNoBest{-__builtin_inff(), INT32_MAX};  // before any entry
+
 struct Kernels {
   const char* name;
   bool s8_offset;  // int8 activations of panel_gemm are stored as value + 128
@@ -85,6 +93,15 @@ struct Kernels {
   float (*max_row)(const float* x, int64_t n);
   // out = exp((x - shift) / divisor)
   void (*exp_row)(const float* x, int64_t n, float shift, float divisor, float* out);
+  // The sum of exp((x - shift) / divisor).
+  double (*exp_sum_row)(const float* x, int64_t n, float shift, float divisor);
+  // Replace best[row] by the best of it and row `row` of x, whose entries have ids from first_id.
+  void (*argmax_rows)(const float* x, ptrdiff_t stride, int64_t rows, int64_t n, int64_t first_id,
+                      Best* best);
+  // Ascending ids of the entries with low <= x < high; returns how many. May write one id too many.
+  int64_t (*collect_row)(const float* x, int64_t n, float low, float high, int32_t* out);
+  // The ids of the `count` <= n largest entries, best first, ties by lower id.
+  void (*best_row)(const float* x, int64_t n, int64_t count, int32_t* out);
   // Sum of n floats, in any order: a memory read as fast as the core can.
   float (*read_floats)(const float* x, int64_t n);
 };

@@ -6,6 +6,7 @@ inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #include "kernels_gemm.inl"
 #include "kernels_rows.inl"
+#include "kernels_select.inl"
 #include "kernels_attend.inl"
 
 constexpr Kernels make_table(const char* name) {
@@ -30,6 +31,10 @@ constexpr Kernels make_table(const char* name) {
   table.sigmoid_row = sigmoid_row;
   table.max_row = max_row;
   table.exp_row = exp_row;
+  table.exp_sum_row = exp_sum_row;
+  table.argmax_rows = argmax_rows;
+  table.collect_row = collect_row;
+  table.best_row = best_row;
   table.read_floats = read_floats;
   return table;
 }

@@ -27,6 +27,7 @@ inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F16 absolute(F16 a) { return {_mm512_abs_ps(a.v)}; }
+inline uint32_t at_least(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 inline F16 zero_below(F16 value, F16 x, F16 bound) {
   const __mmask16 keep = static_cast<__mmask16>(~_mm512_cmp_ps_mask(x.v, bound.v, _CMP_LT_OQ));
   return {_mm512_maskz_mov_ps(keep, value.v)};

@@ -67,6 +67,12 @@ inline F16 absolute(F16 a) {
   XDS_LANES a.v[i] = fabsf(a.v[i]);
   return a;
 }
+// Bit i: lane i of a >= lane i of b; NaN is neither.
+inline uint32_t at_least(const F16& a, const F16& b) {
+  uint32_t mask = 0;
+  XDS_LANES mask |= static_cast<uint32_t>(a.v[i] >= b.v[i]) << i;
+  return mask;
+}
 // `value` where x >= bound (or x is NaN), else 0.
 inline F16 zero_below(F16 value, const F16& x, const F16& bound) {
   XDS_LANES value.v[i] = x.v[i] < bound.v[i] ? 0.0f : value.v[i];
