@@ -203,6 +203,26 @@ def check_microbatches(
         assert contents(generate(group, requests)) == expected, f"{count} microbatches"
 
 
+def check_tokens_without_logprobs(
+    make_group: GroupFactory, requests: Sequence[GenerateRequest], expected: dict[str, Any]
+) -> None:
+    """Requests that ask for no logprobs, so that greedy ones never see logits: all, every third."""
+    for stride in (1, 3):
+        quiet = {item.request_id for item in requests[::stride]}
+        mixed = [
+            msgspec.structs.replace(
+                item, params=msgspec.structs.replace(item.params, logprobs=None)
+            )
+            if item.request_id in quiet
+            else item
+            for item in requests
+        ]
+        for request_id, result in generate(make_group(config()), mixed).items():
+            token_ids, logprobs, finish_reason = expected[request_id]
+            wanted = [] if request_id in quiet else logprobs
+            assert result.content == (token_ids, wanted, finish_reason)
+
+
 def check_two_runs(make_group: GroupFactory, requests: Sequence[GenerateRequest]) -> None:
     """The same engine set up twice."""
     runs = [contents(generate(make_group(config()), requests)) for _ in range(2)]

@@ -65,6 +65,19 @@ void py_linear(Context& ctx, Floats2 x, Bytes data, const WeightShape& shape,
   linear(ctx, x.data(), size(x, 0), w, bias ? bias->data() : nullptr, out.data());
 }
 
+void py_lm_head(Context& ctx, Floats2 x, Bytes data, const WeightShape& shape,
+                Array<int32_t, 1> ids, Array<float, 2> logits) {
+  const Weight w = weight_of(data, shape);
+  const int64_t rows = size(x, 0), num_greedy = size(ids, 0);
+  check_equal(w.groups, 1, "number of weight groups");
+  check_equal(size(x, 1), w.k, "row length of x");
+  check(w.n <= INT32_MAX, "ids are int32: the vocabulary must be below 2^31");
+  check(num_greedy + size(logits, 0) == rows && size(logits, 1) == w.n,
+        "ids [G] and logits [T - G, V] must have one row per row of x");
+  Turn turn(ctx);
+  lm_head(ctx, x.data(), rows, w, num_greedy, ids.data(), logits.data());
+}
+
 void py_grouped_linear(Context& ctx, Floats3 x, Bytes data, const WeightShape& shape,
                        Array<float, 3> out) {
   const Weight w = weight_of(data, shape);
@@ -142,6 +155,8 @@ void bind_dense(nb::class_<Context>& cls) {
            "out"_a.noconvert())
       .def("linear", &py_linear, "x"_a.noconvert(), "data"_a.noconvert(), "shape"_a,
            "bias"_a.noconvert().none(), "out"_a.noconvert())
+      .def("lm_head", &py_lm_head, "x"_a.noconvert(), "data"_a.noconvert(), "shape"_a,
+           "ids"_a.noconvert(), "logits"_a.noconvert())
       .def("grouped_linear", &py_grouped_linear, "x"_a.noconvert(), "data"_a.noconvert(),
            "shape"_a, "out"_a.noconvert())
       .def("rms_norm", &py_rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a,

@@ -1,32 +1,11 @@
 // Linear layers, norms and feed-forward networks: the split of the work over threads.
 #include <algorithm>
 
+#include "gemm.h"
 #include "ops.h"
 
 namespace xds {
 namespace {
-
-constexpr int64_t kRowChunk = 120;    // rows of one work item; the panel stays in cache for them
-constexpr int64_t kSmallWork = 16384;  // elements below which waking threads costs more than it saves
-
-// Rows as panel_gemm reads them.
-struct Activations {
-  const uint8_t* data;
-  ptrdiff_t stride;  // bytes
-  const float* row_scale;
-};
-
-// The rows of x that meet one group of a weight, and where the results go.
-struct Product {
-  const uint8_t* a;
-  ptrdiff_t a_stride;
-  int64_t rows;
-  const float* row_scale;
-  int64_t row_scale_stride;
-  int64_t group;
-  float* c;
-  int64_t c_stride;
-};
 
 template <class Body>
 void for_rows(Context& ctx, int64_t rows, int64_t width, Body&& body) {
@@ -74,14 +53,15 @@ Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t str
   return out;
 }
 
+}  // namespace
+
 // x is read only: without swiglu, prepare() does not write to it.
 Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType dtype) {
   return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false);
 }
 
-// `ahead` is how many panels later this thread is likely to be.
-void multiply_panel(const Kernels& kernels, int64_t ahead, const Product& p, const Weight& w,
-                    int64_t panel, int64_t first_row, const float* bias) {
+PanelTask panel_task(int64_t ahead, const Product& p, const Weight& w, int64_t panel,
+                     int64_t first_row, const float* bias) {
   PanelTask task{};
   task.a = p.a + first_row * p.a_stride;
   task.a_stride = p.a_stride;
@@ -99,8 +79,10 @@ void multiply_panel(const Kernels& kernels, int64_t ahead, const Product& p, con
     task.col_scale = w.scales(p.group) + panel * kPanel;
     task.col_sum = w.column_sums(p.group) + panel * kPanel;
   }
-  kernels.panel_gemm[static_cast<int>(w.dtype)](task);
+  return task;
 }
+
+namespace {
 
 // Work items are (product, row chunk, panel), spread over the threads.
 void multiply(Context& ctx, const std::vector<Product>& products, const Weight& w,
@@ -114,8 +96,9 @@ void multiply(Context& ctx, const std::vector<Product>& products, const Weight& 
     const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
     const size_t index = static_cast<size_t>(after - first_item.begin()) - 1;
     const int64_t local = item - first_item[index];
-    multiply_panel(ctx.kernels, ctx.pool.size(), products[index], w, local % w.panels(),
-                   local / w.panels() * kRowChunk, bias);
+    ctx.kernels.panel_gemm[static_cast<int>(w.dtype)](
+        panel_task(ctx.pool.size(), products[index], w, local % w.panels(),
+                   local / w.panels() * kRowChunk, bias));
   };
   const int64_t items = first_item.back();
   if (items * w.k * kPanel < kSmallWork) {

@@ -9,7 +9,7 @@
 
 namespace xds {
 
-// -- dense (dense.cc) -----------------------------------------------------------------------------
+// -- dense (dense.cc, head.cc) --------------------------------------------------------------------
 
 void pack_weight(Context& ctx, const float* values, const Weight& shape, uint8_t* out);
 
@@ -23,6 +23,9 @@ void embed(Context& ctx, Elements table, int64_t width, const int32_t* ids, int6
            float* out);
 void linear(Context& ctx, const float* x, int64_t rows, const Weight& w, const float* bias,
             float* out);
+// ids [num_greedy]: the best output of each of the first rows; logits: all outputs of the others.
+void lm_head(Context& ctx, const float* x, int64_t rows, const Weight& w, int64_t num_greedy,
+             int32_t* ids, float* logits);
 void grouped_linear(Context& ctx, const float* x, int64_t tokens, const Weight& w, float* out);
 void rms_norm(Context& ctx, const float* x, const float* weight, int64_t rows, int64_t n, float eps,
               float* out);

@@ -15,8 +15,8 @@ from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
 from xdeepserve.messages import SamplingParams
 from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.models.decoder import Model
-from xdeepserve.models.sampler import Sampler, SampleResult, SampleRow
-from xdeepserve.ops import F32
+from xdeepserve.models.sampler import HeadOrder, Sampler, SampleResult, SampleRow
+from xdeepserve.ops import F32, I32
 from xdeepserve.transformerless.attention_worker import AttentionWorker
 from xdeepserve.transformerless.moe_transport import MoeTransport
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
@@ -107,9 +107,10 @@ class InProcExecutor:
             nothing = len(plan.scheduled)
             return StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
         with self._times.measure(Stage.HEAD):
-            logits = self._logits(batches, hidden_states)
+            order = HeadOrder.of(rows)
+            greedy_ids, logits = self._head(batches, hidden_states, order)
         with self._times.measure(Stage.SAMPLE):
-            sampled = self._sampler.sample(logits, rows)
+            sampled = self._sampler.complete(order, greedy_ids, logits, rows)
         return _result(plan.scheduled, sampled)
 
     def _run(self, plan: StepPlan) -> tuple[list[ForwardBatch], list[F32]]:
@@ -130,15 +131,15 @@ class InProcExecutor:
             batches = [build_forward_batch(part, self._block_size) for part in parts]
         return batches, self._worker.run(batches, step_idx=plan.step_idx)
 
-    def _logits(self, batches: Sequence[ForwardBatch], hidden_states: Sequence[F32]) -> F32:
-        """[B', V] of all rows that sample, in plan order, by one pass over the LM head."""
-        if len(batches) == 1:
-            return self._model.head(hidden_states[0], batches[0].logits_rows)
+    def _head(
+        self, batches: Sequence[ForwardBatch], hidden_states: Sequence[F32], order: HeadOrder
+    ) -> tuple[I32, F32]:
+        """`HeadUnit.choose` for all rows that sample, by one pass over the LM head."""
         parts = [
             rows[batch.logits_rows] for rows, batch in zip(hidden_states, batches, strict=True)
         ]
-        together = np.concatenate(parts)
-        return self._model.head(together, np.arange(len(together), dtype=np.int32))
+        together = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._model.head.choose(together[order.row_idxs], order.num_greedy)
 
     def close(self) -> None:
         """Close the transport."""

@@ -3,6 +3,7 @@
     logits --> penalties, bias, masks (only on rows that ask) --> ops.sample --> ids
        \\--> ops.top_logprobs (only rows that ask; raw logits, before any adjustment)
 
+Rows that want only the largest logit have their id from the LM head and never come here.
 Adjustments touch a few entries of a row in place and are taken back after sampling, so no copy of
 the logits is ever made. Randomness is a pure function of (seed, position).
 """
@@ -51,6 +52,26 @@ class SampleResult:
     logprobs: list[TokenLogprobs | None]
 
 
+@dataclass(frozen=True, slots=True)
+class HeadOrder:
+    """The order in which the LM head takes the rows of a step.
+
+    Attributes:
+        row_idxs: a permutation of the rows; those that need no logits come first.
+        num_greedy: how many need none.
+    """
+
+    row_idxs: list[int]
+    num_greedy: int
+
+    @classmethod
+    def of(cls, rows: Sequence[SampleRow]) -> HeadOrder:
+        """Otherwise in the order of `rows`."""
+        needs_logits = [_needs_logits(row) for row in rows]
+        row_idxs = sorted(range(len(rows)), key=needs_logits.__getitem__)
+        return cls(row_idxs, needs_logits.count(False))
+
+
 class Sampler:
     """Chooses the next token of every row of a step. Stateless between steps."""
 
@@ -78,6 +99,29 @@ class Sampler:
         for row_idx, ids, raw in undo:
             logits[row_idx, ids] = raw
         return SampleResult(token_ids.tolist(), self._logprobs(logits, token_ids, rows))
+
+    def complete(
+        self, order: HeadOrder, greedy_ids: I32, logits: F32, rows: Sequence[SampleRow]
+    ) -> SampleResult:
+        """The tokens of all rows: those of the LM head, and one sampled for each row left.
+
+        Args:
+            order: of the rows.
+            greedy_ids: [order.num_greedy], as the head gave them.
+            logits: [B - order.num_greedy, V] of the others, in `order`; see `sample`.
+            rows: all of them, in their own order.
+        """
+        left = order.row_idxs[order.num_greedy :]
+        if not left:
+            return SampleResult(greedy_ids.tolist(), [None] * len(rows))
+        sampled = self.sample(logits, [rows[idx] for idx in left])
+        token_ids: list[int] = [0] * len(rows)
+        logprobs: list[TokenLogprobs | None] = [None] * len(rows)
+        for idx, token_id in zip(order.row_idxs, greedy_ids.tolist(), strict=False):
+            token_ids[idx] = token_id
+        for at, idx in enumerate(left):
+            token_ids[idx], logprobs[idx] = sampled.token_ids[at], sampled.logprobs[at]
+        return SampleResult(token_ids, logprobs)
 
     def _adjust(self, logits: F32, row: SampleRow) -> tuple[I64, F32]:
         """Ids whose logits change, and their new values."""
@@ -127,6 +171,11 @@ class Sampler:
                 float(chosen[at]), top_ids[at, :num_top].tolist(), top[at, :num_top].tolist()
             )
         return results
+
+
+def _needs_logits(row: SampleRow) -> bool:
+    params = row.params
+    return not params.is_greedy or params.logprobs is not None or _is_adjusted(row)
 
 
 def _is_adjusted(row: SampleRow) -> bool:

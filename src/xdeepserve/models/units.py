@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from xdeepserve.models.attention import MlaAttention
 from xdeepserve.ops import (
     F32,
@@ -158,5 +156,11 @@ class HeadUnit:
 
     def __call__(self, hidden_states: F32, logits_rows: I32) -> F32:
         """[B', V] logits of rows `logits_rows` [B'] of hidden_states [T, H]."""
-        rows = np.ascontiguousarray(hidden_states[logits_rows])
-        return self.ops.linear(self.ops.rms_norm(rows, self.norm, self.norm_eps), self.lm_head)
+        return self.ops.linear(self._normed(hidden_states[logits_rows]), self.lm_head)
+
+    def choose(self, hidden_states: F32, num_greedy: int) -> tuple[I32, F32]:
+        """See `Ops.lm_head`; hidden_states [B', H] are the rows that sample."""
+        return self.ops.lm_head(self._normed(hidden_states), self.lm_head, num_greedy)
+
+    def _normed(self, rows: F32) -> F32:
+        return self.ops.rms_norm(rows, self.norm, self.norm_eps)

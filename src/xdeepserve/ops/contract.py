@@ -172,7 +172,21 @@ class Ops(Protocol):
         """
         ...
 
-    # -- sampling -------------------------------------------------------------------------------
+    # -- next token -----------------------------------------------------------------------------
+
+    def lm_head(self, x: F32, weight: PackedWeight, num_greedy: int) -> tuple[I32, F32]:
+        """`linear` that keeps no logits where only the largest counts.
+
+        Args:
+            x: [T, K]; its first num_greedy rows want no more than a token id.
+            weight: G = 1, N = V.
+            num_greedy: 0 to T.
+
+        Returns:
+            (ids [num_greedy] of the largest logit, the lowest id of a tie; logits
+            [T - num_greedy, V] of the other rows), as `linear` and `sample` give them.
+        """
+        ...
 
     def sample(self, logits: F32, params: SamplingBatch) -> I32:
         """Token ids [B] from logits [B, V].

@@ -246,7 +246,13 @@ class CpuOps:
         )
         return out
 
-    # -- sampling -------------------------------------------------------------------------------
+    # -- next token -----------------------------------------------------------------------------
+
+    def lm_head(self, x: F32, weight: PackedWeight, num_greedy: int) -> tuple[I32, F32]:
+        ids = np.empty(num_greedy, np.int32)
+        logits = np.empty((x.shape[0] - num_greedy, weight.shape[1]), np.float32)
+        self.native.lm_head(x, weight.data, shape_of(weight), ids, logits)
+        return ids, logits
 
     def sample(self, logits: F32, params: SamplingBatch) -> I32:
         out = np.empty(logits.shape[0], np.int32)

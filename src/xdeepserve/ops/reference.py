@@ -143,6 +143,10 @@ class ReferenceOps:
     ) -> F32:
         return composed.routed_experts(self, x, topk_ids, topk_weights, gate_up, down)
 
+    def lm_head(self, x: F32, weight: PackedWeight, num_greedy: int) -> tuple[I32, F32]:
+        logits = self.linear(x, weight)
+        return logits[:num_greedy].argmax(axis=1).astype(np.int32), logits[num_greedy:]
+
     def sample(self, logits: F32, params: SamplingBatch) -> I32:
         ids = [sampling.sample_row(row, params, b) for b, row in enumerate(logits)]
         return np.array(ids, dtype=np.int32)

@@ -81,6 +81,10 @@ def test_microbatches(case: Case) -> None:
     law1.check_microbatches(case.make_group, case.requests, case.expected)
 
 
+def test_tokens_without_logprobs(case: Case) -> None:
+    law1.check_tokens_without_logprobs(case.make_group, case.requests, case.expected)
+
+
 def test_two_runs(case: Case) -> None:
     law1.check_two_runs(case.make_group, case.requests)
 

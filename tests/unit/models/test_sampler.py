@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from xdeepserve.messages import SamplingParams
-from xdeepserve.models.sampler import Sampler, SampleRow
+from xdeepserve.models.sampler import HeadOrder, Sampler, SampleRow
 from xdeepserve.ops import F32, get_ops
 
 EOS = 9
@@ -127,6 +127,29 @@ def test_a_row_is_the_same_in_every_company(sampler: Sampler) -> None:
         alone = sampler.sample(logits[idx : idx + 1], [rows[idx]])
         assert alone.token_ids == [together.token_ids[idx]]
         assert alone.logprobs == [together.logprobs[idx]]
+
+
+def test_rows_that_the_head_has_chosen_stay_in_their_places(sampler: Sampler) -> None:
+    rng = np.random.default_rng(6)
+    logits = rng.normal(0, 2, (9, 300)).astype(np.float32)
+    rows = [
+        row(),
+        row(temperature=0.9, seed=1),
+        row(logprobs=2),
+        row(),
+        row(output=[3, 4], presence_penalty=0.5),
+        row(logit_bias={7: 50.0}),
+        row(),
+        row(output=[2], min_tokens=1),
+        row(min_tokens=2),
+    ]
+    for chosen in (rows, [row()] * 9, [row(temperature=1.0, seed=n) for n in range(9)]):
+        order = HeadOrder.of(chosen)
+        assert order.num_greedy == sum(r == row() or r == rows[7] for r in chosen)
+        in_order = logits[order.row_idxs]
+        greedy_ids = in_order[: order.num_greedy].argmax(axis=1).astype(np.int32)
+        result = sampler.complete(order, greedy_ids, in_order[order.num_greedy :], chosen)
+        assert result == sampler.sample(logits, chosen)
 
 
 def test_seed_and_position_choose_the_random_number(sampler: Sampler) -> None:
