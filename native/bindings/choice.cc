@@ -34,6 +34,20 @@ void py_gate_topk(Context& ctx, Floats2 logits, std::optional<Floats1> bias, boo
             weights.data());
 }
 
+int64_t py_penalize(Context& ctx, Array<float, 1> logits, Ints1 prompt, Ints1 output,
+                    std::tuple<float, float, float> penalties, Array<int32_t, 1> ids,
+                    Array<float, 1> raw) {
+  const int64_t vocab = size(logits, 0), total = size(prompt, 0) + size(output, 0);
+  check(size(ids, 0) == total && size(raw, 0) == total,
+        "ids and raw need one entry per id of prompt and output");
+  check_range(prompt.data(), size(prompt, 0), 0, vocab, "prompt");
+  check_range(output.data(), size(output, 0), 0, vocab, "output");
+  const Penalties values{std::get<0>(penalties), std::get<1>(penalties), std::get<2>(penalties)};
+  Turn turn(ctx);
+  return penalize(ctx, logits.data(), vocab, {prompt.data(), size(prompt, 0)},
+                  {output.data(), size(output, 0)}, values, ids.data(), raw.data());
+}
+
 void py_sample(Context& ctx, Floats2 logits, Floats1 temperature, Ints1 top_k, Floats1 top_p,
                Floats1 min_p, Array<const double, 1> uniform, Array<int32_t, 1> out) {
   const int64_t rows = size(logits, 0);
@@ -66,6 +80,8 @@ void bind_choice(nb::class_<Context>& cls) {
   cls.def("gate_topk", &py_gate_topk, "logits"_a.noconvert(), "bias"_a.noconvert().none(),
           "sigmoid"_a, "renormalize"_a, "groups"_a, "scaling"_a, "ids"_a.noconvert(),
           "weights"_a.noconvert())
+      .def("penalize", &py_penalize, "logits"_a.noconvert(), "prompt"_a.noconvert(),
+           "output"_a.noconvert(), "penalties"_a, "ids"_a.noconvert(), "raw"_a.noconvert())
       .def("sample", &py_sample, "logits"_a.noconvert(), "temperature"_a.noconvert(),
            "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(),
            "uniform"_a.noconvert(), "out"_a.noconvert())

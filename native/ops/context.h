@@ -53,6 +53,7 @@ struct Context {
   Scratch permutation;
   std::vector<Scratch> thread_scratch;
   OpTimes times;
+  std::vector<uint32_t> id_counts;  // of a vocabulary; all zero between operators
 };
 
 }  // namespace xds

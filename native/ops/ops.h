@@ -99,7 +99,23 @@ void gate_topk(Context& ctx, const float* logits, int64_t tokens, const Gate& ga
 void combine_topk(Context& ctx, const float* rows, int64_t width, const int32_t* row_of_slot,
                   const float* weights, int64_t tokens, int64_t top_k, float* out);
 
-// -- sampling (sampling.cc) -----------------------------------------------------------------------
+// -- sampling (penalties.cc, sampling.cc) ---------------------------------------------------------
+
+struct Ids {
+  const int32_t* data;
+  int64_t count;
+};
+
+struct Penalties {
+  float repetition;  // 1 = off
+  float frequency;
+  float presence;
+};
+
+// In place on one row; returns how many distinct ids there are, and writes them and their former
+// logits to `ids` and `raw`, which have room for all of prompt and output.
+int64_t penalize(Context& ctx, float* logits, int64_t vocab, Ids prompt, Ids output,
+                 const Penalties& penalties, int32_t* ids, float* raw);
 
 struct Sampling {
   const float* temperature;

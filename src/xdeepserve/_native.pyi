@@ -129,6 +129,15 @@ class Context:
         ids: I32,
         weights: F32,
     ) -> None: ...
+    def penalize(
+        self,
+        logits: F32,
+        prompt: I32,
+        output: I32,
+        penalties: tuple[float, float, float],
+        ids: I32,
+        raw: F32,
+    ) -> int: ...
     def sample(
         self,
         logits: F32,

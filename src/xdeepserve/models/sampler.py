@@ -14,16 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from xdeepserve.messages import SamplingParams, TokenLogprobs
-from xdeepserve.ops import F32, I32, Ops, SamplingBatch
+from xdeepserve.ops import F32, I32, Ops, Penalties, SamplingBatch
 from xdeepserve.ops.rng import uniform
 
 _SEED_MASK = (1 << 64) - 1
 
 IdList = Sequence[int] | I32
-I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +90,11 @@ class Sampler:
         undo = []
         for row_idx, row in enumerate(rows):
             if _is_adjusted(row):
-                ids, values = self._adjust(logits[row_idx], row)
-                undo.append((row_idx, ids, logits[row_idx, ids]))
-                logits[row_idx, ids] = values
+                undo.append((logits[row_idx], self._adjust(logits[row_idx], row)))
         token_ids = self._ops.sample(logits, _sampling_batch(rows))
-        for row_idx, ids, raw in undo:
-            logits[row_idx, ids] = raw
+        for row_logits, changes in undo:
+            for ids, raw in reversed(changes):
+                row_logits[ids] = raw
         return SampleResult(token_ids.tolist(), self._logprobs(logits, token_ids, rows))
 
     def complete(
@@ -123,37 +120,37 @@ class Sampler:
             token_ids[idx], logprobs[idx] = sampled.token_ids[at], sampled.logprobs[at]
         return SampleResult(token_ids, logprobs)
 
-    def _adjust(self, logits: F32, row: SampleRow) -> tuple[I64, F32]:
-        """Ids whose logits change, and their new values."""
+    def _adjust(self, logits: F32, row: SampleRow) -> list[tuple[I32, F32]]:
+        """Adjust a row [V] in place; (ids, the logits they had) of each change, in order."""
         params = row.params
-        output = np.asarray(row.output_token_ids, dtype=np.int64)
-        prompt = np.asarray(row.prompt_token_ids, dtype=np.int64)
-        repeats = params.repetition_penalty != 1.0
+        changes = []
+        if _is_penalized(params):
+            output = np.asarray(row.output_token_ids, np.int32)
+            prompt = row.prompt_token_ids if params.repetition_penalty != 1.0 else ()
+            penalties = Penalties(
+                repetition=params.repetition_penalty,
+                frequency=params.frequency_penalty,
+                presence=params.presence_penalty,
+            )
+            changes.append(
+                self._ops.penalize(logits, np.asarray(prompt, np.int32), output, penalties)
+            )
+        if params.logit_bias:
+            biased = np.fromiter(params.logit_bias, np.int32, len(params.logit_bias))
+            changes.append((biased, logits[biased]))
+            logits[biased] += np.fromiter(params.logit_bias.values(), np.float32, biased.size)
         masked = self._masked_ids(row)
-        biased = np.fromiter(params.logit_bias, np.int64, len(params.logit_bias))
-        parts = [output, biased, masked, *([prompt] if repeats else [])]
-        ids = np.unique(np.concatenate(parts))
-        values = logits[ids].astype(np.float32)
-        if repeats:
-            seen = np.isin(ids, output) | np.isin(ids, prompt)
-            penalty = np.float32(params.repetition_penalty)
-            penalized = np.where(values > 0, values / penalty, values * penalty)
-            values = np.where(seen, penalized, values)
-        counts = np.bincount(np.searchsorted(ids, output), minlength=ids.size).astype(np.float32)
-        values -= np.float32(params.frequency_penalty) * counts
-        values -= np.float32(params.presence_penalty) * (counts > 0)
-        bias = np.fromiter(params.logit_bias.values(), np.float32, biased.size)
-        values[np.searchsorted(ids, biased)] += bias
-        values[np.searchsorted(ids, masked)] = -np.inf
-        return ids, values
+        changes.append((masked, logits[masked]))
+        logits[masked] = -np.inf
+        return changes
 
-    def _masked_ids(self, row: SampleRow) -> I64:
+    def _masked_ids(self, row: SampleRow) -> I32:
         """Ids that would end the sequence, while it is shorter than min_tokens."""
         params = row.params
         if len(row.output_token_ids) >= params.min_tokens:
-            return np.empty(0, np.int64)
+            return np.empty(0, np.int32)
         eos = () if params.ignore_eos else self._eos_token_ids
-        return np.array(sorted({*eos, *params.stop_token_ids}), dtype=np.int64)
+        return np.array(sorted({*eos, *params.stop_token_ids}), np.int32)
 
     def _logprobs(
         self, logits: F32, token_ids: I32, rows: Sequence[SampleRow]
@@ -181,11 +178,13 @@ def _needs_logits(row: SampleRow) -> bool:
 def _is_adjusted(row: SampleRow) -> bool:
     params = row.params
     return bool(
-        params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
-        or len(row.output_token_ids) < params.min_tokens
+        _is_penalized(params) or params.logit_bias or len(row.output_token_ids) < params.min_tokens
+    )
+
+
+def _is_penalized(params: SamplingParams) -> bool:
+    return bool(
+        params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
     )
 
 

@@ -25,6 +25,22 @@ from xdeepserve.ops.types import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """On tokens that a sequence holds already.
+
+    Attributes:
+        repetition: positive logits of tokens of prompt and output are divided by it, negative ones
+            multiplied (CTRL's rule, arXiv:1909.05858); 1 = off.
+        frequency: then subtracted for each occurrence in the output.
+        presence: then subtracted once from those in the output.
+    """
+
+    repetition: float
+    frequency: float
+    presence: float
+
+
 class Ops(Protocol):
     """One backend of the operator library. Thread: one caller at a time."""
 
@@ -185,6 +201,22 @@ class Ops(Protocol):
         Returns:
             (ids [num_greedy] of the largest logit, the lowest id of a tie; logits
             [T - num_greedy, V] of the other rows), as `linear` and `sample` give them.
+        """
+        ...
+
+    def penalize(
+        self, logits: F32, prompt: I32, output: I32, penalties: Penalties
+    ) -> tuple[I32, F32]:
+        """Penalize one row of logits [V] in place.
+
+        Args:
+            logits: [V].
+            prompt: ids that count for the repetition penalty only.
+            output: ids that count for every penalty.
+            penalties: computed in float32.
+
+        Returns:
+            (distinct ids of both [n], the logits [n] that they had).
         """
         ...
 

@@ -23,6 +23,7 @@ from xdeepserve.ops.types import (
     GqaLayer,
     KVLayer,
     PackedWeight,
+    Penalties,
     QKNorm,
     SamplingBatch,
     WeightDtype,
@@ -253,6 +254,15 @@ class CpuOps:
         logits = np.empty((x.shape[0] - num_greedy, weight.shape[1]), np.float32)
         self.native.lm_head(x, weight.data, shape_of(weight), ids, logits)
         return ids, logits
+
+    def penalize(
+        self, logits: F32, prompt: I32, output: I32, penalties: Penalties
+    ) -> tuple[I32, F32]:
+        ids = np.empty(prompt.size + output.size, np.int32)
+        raw = np.empty(ids.size, np.float32)
+        values = (penalties.repetition, penalties.frequency, penalties.presence)
+        count = self.native.penalize(logits, prompt, output, values, ids, raw)
+        return ids[:count], raw[:count]
 
     def sample(self, logits: F32, params: SamplingBatch) -> I32:
         out = np.empty(logits.shape[0], np.int32)

@@ -23,6 +23,7 @@ from xdeepserve.ops.types import (
     GqaLayer,
     KVLayer,
     PackedWeight,
+    Penalties,
     QKNorm,
     SamplingBatch,
     WeightDtype,
@@ -146,6 +147,19 @@ class ReferenceOps:
     def lm_head(self, x: F32, weight: PackedWeight, num_greedy: int) -> tuple[I32, F32]:
         logits = self.linear(x, weight)
         return logits[:num_greedy].argmax(axis=1).astype(np.int32), logits[num_greedy:]
+
+    def penalize(
+        self, logits: F32, prompt: I32, output: I32, penalties: Penalties
+    ) -> tuple[I32, F32]:
+        ids = np.unique(np.concatenate([output, prompt]))
+        raw = logits[ids]
+        repetition = np.float32(penalties.repetition)
+        values = np.where(raw > 0, raw / repetition, raw * repetition)
+        counts = (ids[:, None] == output).sum(axis=1).astype(np.float32)
+        values -= np.float32(penalties.frequency) * counts
+        values -= np.float32(penalties.presence) * (counts > 0)
+        logits[ids] = values
+        return ids, raw
 
     def sample(self, logits: F32, params: SamplingBatch) -> I32:
         ids = [sampling.sample_row(row, params, b) for b, row in enumerate(logits)]

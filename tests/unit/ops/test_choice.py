@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unit.ops.cases import ids, normal
-from xdeepserve.ops import GateSpec, SamplingBatch
+from xdeepserve.ops import GateSpec, Penalties, SamplingBatch
 from xdeepserve.ops.cpu import CpuOps
 from xdeepserve.ops.reference import ReferenceOps
 
@@ -88,6 +88,32 @@ def test_combine_ignores_rows_that_no_slot_names(cpu: CpuOps, rng: np.random.Gen
     assert np.isfinite(out).all()
     with pytest.raises(ValueError, match="row_of_slot"):
         cpu.combine_topk(rows, np.array([[3]], np.int32), normal(rng, 1, 1))
+
+
+@pytest.mark.parametrize("repetition", [1.0, 1.3, 0.5])
+def test_penalties_equal_reference_bit_for_bit(
+    cpu: CpuOps, reference: ReferenceOps, rng: np.random.Generator, repetition: float
+) -> None:
+    penalties = Penalties(repetition=repetition, frequency=0.17, presence=-0.4)
+    for num_prompt, num_output in ((0, 0), (5, 0), (0, 7), (300, 200), (40, 3)):
+        raw = normal(rng, 100)
+        prompt = rng.integers(0, 100, num_prompt, dtype=np.int32)
+        output = rng.integers(0, 50, num_output, dtype=np.int32)
+        got, want = raw.copy(), raw.copy()
+        changed, former = cpu.penalize(got, prompt, output, penalties)
+        reference.penalize(want, prompt, output, penalties)
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(np.sort(changed), np.unique(np.concatenate([prompt, output])))
+        got[changed] = former
+        np.testing.assert_array_equal(got, raw)
+
+
+def test_penalties_of_ids_outside_the_vocabulary_are_refused(cpu: CpuOps) -> None:
+    logits = np.zeros(4, np.float32)
+    penalties = Penalties(repetition=2.0, frequency=0.0, presence=0.0)
+    for prompt, output in ((ids(4), ids()), (ids(), ids(-1))):
+        with pytest.raises(ValueError, match="must lie in"):
+            cpu.penalize(logits, prompt, output, penalties)
 
 
 def make_params(
