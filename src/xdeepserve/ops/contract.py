@@ -19,26 +19,11 @@ from xdeepserve.ops.types import (
     GqaLayer,
     KVLayer,
     PackedWeight,
+    Penalties,
     QKNorm,
     SamplingBatch,
     WeightDtype,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    """On tokens that a sequence holds already.
-
-    Attributes:
-        repetition: positive logits of tokens of prompt and output are divided by it, negative ones
-            multiplied (CTRL's rule, arXiv:1909.05858); 1 = off.
-        frequency: then subtracted for each occurrence in the output.
-        presence: then subtracted once from those in the output.
-    """
-
-    repetition: float
-    frequency: float
-    presence: float
 
 
 class Ops(Protocol):

@@ -160,6 +160,22 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Penalties:
+    """On tokens that a sequence holds already.
+
+    Attributes:
+        repetition: positive logits of tokens of prompt and output are divided by it, negative ones
+            multiplied (CTRL's rule, arXiv:1909.05858); 1 = off.
+        frequency: then subtracted for each occurrence in the output.
+        presence: then subtracted once from those in the output.
+    """
+
+    repetition: float
+    frequency: float
+    presence: float
+
+
+@dataclass(frozen=True, slots=True)
 class Router:
     """Chooses experts. Its weight is float32 in every precision: a flipped choice is not noise."""
 
