@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import signal
 import time
 from pathlib import Path
 
@@ -50,7 +51,13 @@ def main() -> None:
 
 
 async def serve(group: DPGroup, path: Path) -> None:
-    await DPServer(group, path).run()
+    """Until SIGTERM."""
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    server = DPServer(group, path)
+    await server.start()
+    await ending.wait()
+    await server.close(drain_timeout_s=0.0)
 
 
 if __name__ == "__main__":

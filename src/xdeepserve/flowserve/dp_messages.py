@@ -4,7 +4,6 @@ gateway                                   DP group
   | call Attach --------------------------> |
   | <----------- Attached, then Events ...  |  after each step, and at least every interval
   | notice Submit, notice Abort ----------> |  in order
-  | notice Shutdown ----------------------> |
   | call GetStatus -----------------------> |  <- DPStatus (for whoever watches)
 """
 
@@ -30,12 +29,6 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """End a request of this connection; unknown ids are no error."""
 
     request_id: str
-
-
-class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
-    """Refuse new requests, drain until the timeout, abort the rest, end the process."""
-
-    drain_timeout_s: float
 
 
 class GetStatus(msgspec.Struct, frozen=True, tag="get_status"):
@@ -82,5 +75,5 @@ class DPStatus(msgspec.Struct, frozen=True, tag="dp_status"):
     num_connections: int
 
 
-FromGateway = Attach | Submit | Abort | Shutdown | GetStatus
+FromGateway = Attach | Submit | Abort | GetStatus
 FromGroup = Attached | Events | DPStatus

@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 
 from xdeepserve.control import ControlServer, Peer, to_remote
-from xdeepserve.errors import CapacityError, EngineDeadError, RequestError, XDeepServeError
+from xdeepserve.errors import CapacityError, RequestError, XDeepServeError
 from xdeepserve.flowserve.dp_group import DPGroup
 from xdeepserve.flowserve.dp_messages import (
     Abort,
@@ -30,7 +30,6 @@ from xdeepserve.flowserve.dp_messages import (
     FromGateway,
     GetStatus,
     Refused,
-    Shutdown,
     Submit,
 )
 from xdeepserve.flowserve.validation import validate_request
@@ -50,7 +49,7 @@ JOIN_MARGIN_S: Final = 60.0
 
 
 class DPServer:
-    """Serves a DP group that is not started yet. Use `run`, or `start` and `close`."""
+    """Serves a DP group that is not started yet, from `start` to `close`."""
 
     def __init__(
         self, group: DPGroup, path: Path, *, report_interval_s: float = REPORT_INTERVAL_S
@@ -67,37 +66,12 @@ class DPServer:
         self._outboxes: dict[int, _Outbox] = {}
         self._owners: dict[str, _Outbox] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._drain_timeout_s: float | None = None
-        self._shutdown = asyncio.Event()
 
     async def start(self) -> None:
         """Warm the group up, start its loop, then open the socket: who can connect can submit."""
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._group.start, self._on_outputs)
         await self._server.start()
-
-    async def run(self) -> None:
-        """Serve until `shut_down`, then drain and close.
-
-        Raises:
-            EngineDeadError: the step loop died or hung; its requests have been told.
-        """
-        await self.start()
-        while not self._shutdown.is_set() and self._group.is_alive():
-            await _wait(self._shutdown, self._report_interval_s)
-        is_dead = not self._shutdown.is_set()
-        if is_dead:
-            # The next events tell everybody; leave them the time to be sent.
-            await asyncio.sleep(2 * self._report_interval_s)
-        await self.close(drain_timeout_s=self._drain_timeout_s or 0.0)
-        if is_dead:
-            raise EngineDeadError("the step loop ended or makes no progress")
-
-    def shut_down(self, *, drain_timeout_s: float) -> None:
-        """Make `run` drain and return; the first call counts."""
-        if self._drain_timeout_s is None:
-            self._drain_timeout_s = drain_timeout_s
-        self._shutdown.set()
 
     async def close(self, *, drain_timeout_s: float) -> None:
         """Refuse new requests, drain, abort the rest, send what is left, close. Idempotent."""
@@ -169,8 +143,6 @@ class DPServer:
             case Abort(request_id):
                 if self._owners.get(request_id) is self._outbox_of(peer):
                     self._group.abort(request_id)
-            case Shutdown(drain_timeout_s):
-                self.shut_down(drain_timeout_s=drain_timeout_s)
             case _:
                 raise RequestError(f"{type(message).__name__} is a call, not a notice")
 

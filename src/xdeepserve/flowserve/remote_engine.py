@@ -34,7 +34,6 @@ from xdeepserve.flowserve.dp_messages import (
     Attached,
     Events,
     FromGroup,
-    Shutdown,
     Submit,
 )
 from xdeepserve.flowserve.load import NO_LOAD, counters_of, total_load
@@ -207,16 +206,6 @@ class RemoteEngine:
         except TimeoutError:
             return False
         return True
-
-    def shut_down_group(self, *, drain_timeout_s: float) -> None:
-        """Tell the group's process to drain and end.
-
-        Raises:
-            ConnectionLost: it is gone already.
-        """
-        if self._client is None:
-            raise ConnectionLost(f"{self.name} is not connected")
-        self._client.notify(Shutdown(drain_timeout_s))
 
     # -- the link -------------------------------------------------------------------------------
 

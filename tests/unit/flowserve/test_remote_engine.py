@@ -27,7 +27,6 @@ from xdeepserve.flowserve.dp_messages import (
     FromGroup,
     GetStatus,
     Refused,
-    Shutdown,
     Submit,
 )
 from xdeepserve.flowserve.dp_server import DPServer
@@ -165,8 +164,8 @@ async def test_a_connection_cannot_touch_the_requests_of_another(tmp_path: Path)
     status = await other.call(GetStatus(), timeout_s=TIMEOUT_S)
     assert isinstance(status, DPStatus)
     assert (status.load.num_running, status.num_connections) == (1, 2)
-    with pytest.raises(RequestError, match="Shutdown is a notice"):
-        await other.call(Shutdown(0.0), timeout_s=TIMEOUT_S)
+    with pytest.raises(RequestError, match="Abort is a notice"):
+        await other.call(Abort("a"), timeout_s=TIMEOUT_S)
     await other.close()
     gate.open()
     assert (await collect(stream))[-1].finish_reason is FinishReason.LENGTH
@@ -174,30 +173,28 @@ async def test_a_connection_cannot_touch_the_requests_of_another(tmp_path: Path)
     await group.server.close(drain_timeout_s=0.0)
 
 
-async def test_run_drains_on_shutdown_and_the_last_outputs_arrive(tmp_path: Path) -> None:
+async def test_close_drains_and_the_last_outputs_arrive(tmp_path: Path) -> None:
     gate = Gate()
     group = Group(tmp_path / "dp0.sock", gate)
-    running = asyncio.create_task(group.server.run())
+    await group.server.start()
     engine = await connect(group.path)
     stream = engine.generate(request=make_request("a"))
     await gate.until_entered()
-    engine.shut_down_group(drain_timeout_s=TIMEOUT_S)
-    await until(lambda: group.server._shutdown.is_set())
+    closing = asyncio.create_task(group.server.close(drain_timeout_s=TIMEOUT_S))
+    await asyncio.sleep(0)
     gate.open()
     outputs = await collect(stream)
     assert [i for o in outputs for i in o.token_ids] == scripted_output([5, 6, 7], 4)
-    await running
+    await closing
     await until(lambda: not engine.is_alive())
     assert group.executor.is_closed
     assert not group.path.exists()
     await engine.close(drain_timeout_s=0.0)
 
 
-async def test_a_dead_step_loop_is_told_and_ends_the_process(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_dead_step_loop_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     group = Group(tmp_path / "dp0.sock")
-    running = asyncio.create_task(group.server.run())
+    await group.server.start()
     engine = await connect(group.path)
     group.executor.fail_with = RuntimeError("out of luck")
     with caplog.at_level(logging.CRITICAL, logger="xdeepserve.flowserve.dp_group"):
@@ -206,9 +203,8 @@ async def test_a_dead_step_loop_is_told_and_ends_the_process(
     assert not engine.is_alive()
     with pytest.raises(EngineDeadError, match="not running"):
         engine.generate(request=make_request("b"))
-    with pytest.raises(EngineDeadError, match="step loop"):
-        await running
     await engine.close(drain_timeout_s=0.0)
+    await group.server.close(drain_timeout_s=0.0)
 
 
 # -- the client, against a scripted peer ----------------------------------------------------------
