@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from xdeepserve import envs
 from xdeepserve.errors import ConnectionLost
@@ -24,7 +29,7 @@ from xdeepserve.launch.deployment import (
 )
 from xdeepserve.launch.plan import ModelShape
 from xdeepserve.launch.service import ServiceConfig
-from xdeepserve.launch.supervisor.messages import Member, Membership
+from xdeepserve.launch.supervisor.messages import Member, Membership, WorkerState
 
 DEADLINE_S = 15.0
 
@@ -87,6 +92,29 @@ def pids_of(membership: Membership) -> dict[str, int]:
     return {m.name: m.process.pid for m in membership.members if m.process is not None}
 
 
+def is_in(name: str, state: WorkerState, incarnation: int) -> Callable[[Membership], bool]:
+    def check(membership: Membership) -> bool:
+        member = membership.find(name)
+        return member is not None and member.state is state and member.incarnation == incarnation
+
+    return check
+
+
+def is_settled(*names: str) -> Callable[[Membership], bool]:
+    def check(membership: Membership) -> bool:
+        return [m.name for m in membership.members] == list(names) and all(
+            m.state is WorkerState.READY for m in membership.members
+        )
+
+    return check
+
+
+def supervisor_pid(cluster: Cluster) -> int:
+    """Process of the present supervisor."""
+    assert cluster._supervisor is not None
+    return cluster._supervisor.identity.pid
+
+
 class RunningCluster:
     """A started cluster and what tests do to it."""
 
@@ -98,6 +126,10 @@ class RunningCluster:
     def membership(self) -> Membership:
         assert self.cluster.membership is not None
         return self.cluster.membership
+
+    @property
+    def supervisor_pid(self) -> int:
+        return supervisor_pid(self.cluster)
 
     def member(self, name: str) -> Member:
         found = self.membership.find(name)
@@ -122,8 +154,9 @@ class RunningCluster:
 
     async def until(self, condition: Callable[[Membership], bool]) -> Membership:
         """The first membership from now on that fulfils the condition."""
-        async with asyncio.timeout(DEADLINE_S):
-            return await self.cluster.wait_for(condition)
+        async with asyncio.timeout(DEADLINE_S), self.cluster._news:
+            await self.cluster._news.wait_for(lambda: condition(self.membership))
+            return self.membership
 
     async def until_next_supervisor(self, former_pid: int) -> Membership:
         """What another supervisor says once it has all workers ready."""
@@ -137,8 +170,23 @@ class RunningCluster:
 
     async def until_told(self) -> None:
         """Wait until the listener knows the present membership."""
-        async with asyncio.timeout(DEADLINE_S):
-            await self.cluster.wait_told()
+        async with asyncio.timeout(DEADLINE_S), self.cluster._news:
+            await self.cluster._news.wait_for(lambda: not self.cluster._is_listener_behind())
+
+
+def refuse_processes(monkeypatch: pytest.MonkeyPatch, times: int) -> list[object]:
+    """The machine has no room for another process so many times; returns who asked."""
+    asked: list[object] = []
+    start = subprocess.Popen
+
+    def start_later(command: object, **how: Any) -> subprocess.Popen[bytes]:
+        asked.append(command)
+        if len(asked) <= times:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(command, **how)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", start_later)
+    return asked
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import asyncio
 
 import msgspec
 
-from tests.multiproc.cluster_harness import DEADLINE_S, Recorder, make_service
+from tests.multiproc.cluster_harness import DEADLINE_S, Recorder, make_service, supervisor_pid
 from xdeepserve.launch.cluster import Cluster
 
 
@@ -15,7 +15,7 @@ async def main() -> None:
     await cluster.start(timeout_s=DEADLINE_S)
     assert cluster.membership is not None
     pids = [member.process.pid for member in cluster.membership.members if member.process]
-    print(msgspec.json.encode([*pids, cluster.supervisor_pid]).decode(), flush=True)
+    print(msgspec.json.encode([*pids, supervisor_pid(cluster)]).decode(), flush=True)
     await asyncio.Event().wait()
 
 

@@ -51,7 +51,7 @@ async def test_the_next_supervisor_and_scaling_leave_the_cores_of_others_alone()
 
     async with running_cluster(attention=1, expert=1) as running:
         cores = check_affinity(running)
-        former = running.cluster.supervisor_pid
+        former = running.supervisor_pid
         os.kill(former, 9)
         await running.until_next_supervisor(former)
         await running.cluster.scale({"expert": 2})

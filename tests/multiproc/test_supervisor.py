@@ -8,34 +8,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.multiproc.cluster_harness import DEADLINE_S, pids_of, run_folder, running_cluster
+from tests.multiproc.cluster_harness import (
+    DEADLINE_S,
+    is_in,
+    is_settled,
+    pids_of,
+    run_folder,
+    running_cluster,
+)
 from xdeepserve.errors import ConfigError, EngineDeadError
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import SHM_FOLDER, RunDirectory, clean_dead_runs, dead_runs
 from xdeepserve.launch.service import ServiceConfig
 from xdeepserve.launch.supervisor.messages import Membership, WorkerState
-
-
-def is_in(name: str, state: WorkerState, incarnation: int) -> Callable[[Membership], bool]:
-    def check(membership: Membership) -> bool:
-        member = membership.find(name)
-        return member is not None and member.state is state and member.incarnation == incarnation
-
-    return check
-
-
-def is_settled(*names: str) -> Callable[[Membership], bool]:
-    def check(membership: Membership) -> bool:
-        return [m.name for m in membership.members] == list(names) and all(
-            m.state is WorkerState.READY for m in membership.members
-        )
-
-    return check
 
 
 def expert_ranks(membership: Membership) -> tuple[int, ...]:
@@ -102,10 +91,10 @@ async def test_hanging_loop_is_restarted() -> None:
 async def test_workers_outlive_their_supervisor(number: signal.Signals) -> None:
     async with running_cluster(attention=1, expert=2) as running:
         pids, epoch = running.pids(), running.membership.epoch
-        supervisor = running.cluster.supervisor_pid
+        supervisor = running.supervisor_pid
         os.kill(supervisor, number)
         await running.until(lambda m: m.epoch > epoch)
-        assert running.cluster.supervisor_pid != supervisor
+        assert running.supervisor_pid != supervisor
         assert running.pids() == pids
         assert {m.state for m in running.membership.members} == {WorkerState.READY}
         assert running.events == [("joined", "dp0", 1)]
@@ -116,7 +105,7 @@ async def test_workers_outlive_their_supervisor(number: signal.Signals) -> None:
 
 async def test_worker_that_dies_while_there_is_no_supervisor() -> None:
     async with running_cluster(attention=1, expert=1) as running:
-        supervisor, worker = running.cluster.supervisor_pid, running.pid("expert0")
+        supervisor, worker = running.supervisor_pid, running.pid("expert0")
         os.kill(supervisor, signal.SIGSTOP)
         os.kill(worker, signal.SIGKILL)
         os.kill(supervisor, signal.SIGKILL)
@@ -125,7 +114,7 @@ async def test_worker_that_dies_while_there_is_no_supervisor() -> None:
 
 async def test_supervisor_without_state_finds_the_workers() -> None:
     async with running_cluster(attention=1, expert=1) as running:
-        pids, supervisor = running.pids(), running.cluster.supervisor_pid
+        pids, supervisor = running.pids(), running.supervisor_pid
         os.kill(supervisor, signal.SIGSTOP)
         running.cluster.run.state_path.write_bytes(b"{ damaged")
         os.kill(supervisor, signal.SIGKILL)
@@ -173,7 +162,7 @@ async def test_frozen_worker_is_drained_by_force() -> None:
 
 async def test_scale_while_the_supervisor_is_restarted() -> None:
     async with running_cluster(attention=1, expert=1) as running:
-        os.kill(running.cluster.supervisor_pid, signal.SIGKILL)
+        os.kill(running.supervisor_pid, signal.SIGKILL)
         await running.cluster.scale({"expert": 2})
         await running.until(is_settled("dp0", "expert0", "expert1"))
 
@@ -262,11 +251,11 @@ async def test_calls_outlive_a_frozen_supervisor(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("xdeepserve.launch.cluster.PING_TIMEOUT_S", 0.3)
     async with running_cluster(attention=1, expert=1) as running:
         for _ in range(2):
-            frozen = running.cluster.supervisor_pid
+            frozen = running.supervisor_pid
             os.kill(frozen, signal.SIGSTOP)
             status = await running.cluster.status()
             assert status.supervisor.pid != frozen
-        os.kill(running.cluster.supervisor_pid, signal.SIGSTOP)
+        os.kill(running.supervisor_pid, signal.SIGSTOP)
         await running.cluster.scale({"expert": 2})
         await running.until(is_settled("dp0", "expert0", "expert1"))
 

@@ -7,7 +7,9 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from tests.multiproc.cluster_harness import DEADLINE_S, make_service, run_folder
+import pytest
+
+from tests.multiproc.cluster_harness import DEADLINE_S, make_service, refuse_processes, run_folder
 from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.run_dir import RunDirectory, create_run
 from xdeepserve.launch.supervisor.messages import Member, WorkerState
@@ -96,6 +98,20 @@ async def test_a_stopped_process_is_frozen_until_it_has_ended() -> None:
         assert {m.reason for m in running.seen if m.state is WorkerState.BACKOFF} == {
             "frozen for too long"
         }
+
+
+async def test_a_worker_waits_for_room_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # More often than a worker may crash; none of it counts as a crash.
+    asked = refuse_processes(monkeypatch, times=5)
+    async with running_slot(backoff_max_s=0.01, crash_loop_limit=2) as running:
+        await running.until(lambda member: member.state is WorkerState.READY)
+        assert len(asked) == 6
+        assert (running.slot.member.incarnation, running.slot.member.num_restarts) == (1, 0)
+        first = running.seen[0]
+        assert first.state is WorkerState.BACKOFF
+        assert first.reason == "cannot be started: Resource temporarily unavailable"
 
 
 async def test_a_worker_that_is_not_ready_in_time_never_counts_as_frozen() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -38,6 +39,8 @@ MAX_BUFFERED_REPLIES: Final = 256
 """Unread replies of one stream, beyond which the client stops reading its socket."""
 
 _CLOSE_TIMEOUT_S: Final = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class ControlClient:
@@ -199,6 +202,9 @@ class ControlClient:
             self._lose(ConnectionLost(f"{self.path.name} closed the connection"))
         except XDeepServeError as exc:
             self._lose(exc)
+        except Exception as exc:  # loop top: whoever waits for a reply is told
+            logger.exception("%s: reading failed", self.path.name)
+            self._lose(ConnectionLost(f"reading from {self.path.name} failed: {exc}"))
         finally:
             self._connection.abort()
 

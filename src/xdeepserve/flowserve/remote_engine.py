@@ -218,6 +218,8 @@ class RemoteEngine:
                 logger.debug("%s: %s", self.name, exc.message)
             except XDeepServeError as exc:
                 logger.error("%s: the connection is of no use: %s", self.name, exc.message)
+            except Exception:  # loop top: a bug must not cut the group off for good
+                logger.exception("%s: the connection failed", self.name)
             await asyncio.sleep(self._times.retry_s)
 
     async def _serve_link(self) -> None:

@@ -13,12 +13,13 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.control import ControlClient
 from xdeepserve.errors import ConnectionLost, DeadlineExceeded, EngineDeadError, XDeepServeError
+from xdeepserve.launch.background import Background
 from xdeepserve.launch.failure_note import read_note
 from xdeepserve.launch.roster import MemberListener, Roster
 from xdeepserve.launch.run_dir import create_run
@@ -51,6 +52,7 @@ class Cluster:
     Attributes:
         run: the run directory.
         membership: the latest; None before the first.
+        background: tasks without which the service cannot go on; ended by `stop`.
     """
 
     def __init__(self, service: ServiceConfig, listener: MemberListener) -> None:
@@ -68,41 +70,32 @@ class Cluster:
         self._supervisor_error: str | None = None
         self._news = asyncio.Condition()
         self._supervisor: Child | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self.background = Background()
 
     async def start(self, *, timeout_s: float) -> None:
         """Start the supervisor; return when all workers can serve and the listener knows them.
 
         Raises:
-            EngineDeadError: a worker or the supervisor does not start.
+            EngineDeadError: a worker or the supervisor does not start, or a task failed.
             DeadlineExceeded: not ready in time.
         """
-        for loop in (self._keep_supervisor(), self._follow(), self._tell_listener()):
-            self._tasks.append(asyncio.create_task(loop))
+        self.background.start(self._keep_supervisor(), name="keeping the supervisor")
+        self.background.start(self._follow(), name="following the membership")
+        self.background.start(self._tell_listener(), name="telling the router")
         try:
-            async with asyncio.timeout(timeout_s), self._news:
-                await self._news.wait_for(self._is_complete)
+            async with asyncio.timeout(timeout_s):
+                await self.background.guard(self._until_complete())
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the workers are not ready after {timeout_s:g} s: {self._describe()}"
             ) from None
 
-    async def wait_for(self, condition: Callable[[Membership], bool]) -> Membership:
-        """The latest membership, or the first to come, that fulfils the condition."""
+    async def _until_complete(self) -> None:
         async with self._news:
-            await self._news.wait_for(
-                lambda: self.membership is not None and condition(self.membership)
-            )
-        assert self.membership is not None, "the condition was fulfilled"
-        return self.membership
-
-    @property
-    def supervisor_pid(self) -> int:
-        """Process id of the present supervisor; 0 before the start."""
-        return 0 if self._supervisor is None else self._supervisor.identity.pid
+            await self._news.wait_for(self._is_complete)
 
     async def scale(self, counts: Mapping[str, int]) -> Membership:
-        """Begin to run that many workers of each named role; see `wait_for` for its end.
+        """Begin to run that many workers of each named role.
 
         Raises:
             ConfigError: unknown role, or counts the model or machine does not allow.
@@ -118,11 +111,6 @@ class Cluster:
         """
         return await status_of(self.run)
 
-    async def wait_told(self) -> None:
-        """Return when the listener knows the present membership."""
-        async with self._news:
-            await self._news.wait_for(lambda: not self._is_listener_behind())
-
     async def stop(self, *, drain_timeout_s: float) -> None:
         """Drain and end workers and supervisor, remove the run directory. Idempotent."""
         try:
@@ -130,9 +118,7 @@ class Cluster:
         except (XDeepServeError, TimeoutError) as exc:
             logger.warning("the supervisor did not stop the workers (%s); killing them", exc)
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.background.close()
             if self._supervisor is not None:
                 self._supervisor.forget()
             self.run.kill_processes()
@@ -167,20 +153,30 @@ class Cluster:
         policy = RestartPolicy(self._service.deployment.supervision)
         command = [sys.executable, "-m", SUPERVISOR_MODULE, str(self.run.path)]
         while True:
-            self._supervisor = Child.spawn(command)
-            code = await asyncio.shield(self._supervisor.exited)
-            if self._is_stopping and code == 0:
-                return
+            note = ""
+            try:
+                child = self._supervisor = Child.spawn(command)
+            except OSError as exc:  # no room for another process; there may be some later
+                reason = note = f"cannot be started: {exc.strerror or exc}"
+            else:
+                code = await asyncio.shield(child.exited)
+                if self._is_stopping and code == 0:
+                    return
+                reason = describe_exit(code)
+                note = read_note(self.run, SUPERVISOR_NAME, child.identity.pid)
             wait_s = policy.next_wait_s(SYSTEM_CLOCK.monotonic())
             if wait_s is None:
-                note = read_note(self.run, SUPERVISOR_NAME, self._supervisor.identity.pid)
-                async with self._news:
-                    self._supervisor_error = note or f"it {describe_exit(code)}; its log says why"
-                    self._news.notify_all()
+                await self._give_up_start(note or f"it {reason}; its log says why")
                 # The workers go on without a supervisor, so there is always another try.
                 wait_s = self._service.deployment.supervision.backoff_max_s
-            logger.warning("the supervisor %s; next start in %g s", describe_exit(code), wait_s)
+            logger.warning("the supervisor %s; next start in %g s", reason, wait_s)
             await asyncio.sleep(wait_s)
+
+    async def _give_up_start(self, error: str) -> None:
+        """Who waits for the start of the service need not wait any longer."""
+        async with self._news:
+            self._supervisor_error = error
+            self._news.notify_all()
 
     async def _follow(self) -> None:
         """Keep `membership` up to date, across supervisors."""

@@ -9,6 +9,7 @@ from typing import Final
 from xdeepserve.errors import EngineDeadError
 from xdeepserve.flowserve.remote_engine import RemoteEngine
 from xdeepserve.flowserve.router import RouterEngine
+from xdeepserve.launch.background import Background
 from xdeepserve.launch.supervisor.messages import Member
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -23,6 +24,7 @@ class RouterMembers:
     def __init__(self, *, drain_timeout_s: float) -> None:
         self._router: RouterEngine | None = None
         self._drain_timeout_s = DRAIN_SHARE * drain_timeout_s
+        self._background = Background()
         self._drains: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -46,7 +48,7 @@ class RouterMembers:
     async def draining(self, member: Member) -> None:
         """Begin to move requests away; other members need not wait for that."""
         drain = self.router.drain(member.name, timeout_s=self._drain_timeout_s)
-        self._drains[member.name] = asyncio.create_task(drain)
+        self._drains[member.name] = self._background.start(drain, name=f"draining {member.name}")
 
     async def left(self, member: Member) -> None:
         """Forget the group."""

@@ -81,7 +81,7 @@ async def _serve(
     setup_logging(TITLE, run_id=cluster.run.run_id)
     logger.info("run %s in %s", cluster.run.run_id, cluster.run.path)
     collector = ClusterCollector()
-    following = asyncio.create_task(collector.follow(cluster))
+    cluster.background.start(collector.follow(cluster), name="asking the workers for metrics")
     ready_line = f"xdeepserve: serving {names[0]} on {url_of(listener)}"
     try:
         await cluster.start(timeout_s=deployment.supervision.start_timeout_s)
@@ -99,7 +99,6 @@ async def _serve(
             access_log=access_log,
             on_ready=lambda: print(ready_line, flush=True),
         )
-        await server.serve(sockets=[listener])
+        await cluster.background.guard(server.serve(sockets=[listener]), stop=server.stop)
     finally:
-        following.cancel()
         await cluster.stop(drain_timeout_s=STOP_DRAIN_S)

@@ -295,6 +295,24 @@ async def test_a_socket_left_by_a_dead_process_is_replaced(run_dir: Path) -> Non
     await fixture.server.close()
 
 
+async def test_a_bug_in_reading_is_told_to_whoever_waits(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixture = Fixture(run_dir / "s.sock")
+    await fixture.server.start()
+    client = await ControlClient.connect(fixture.server.path, replies=Message, timeout_s=TIMEOUT_S)
+
+    async def fail(envelope: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(client, "_take", fail)
+    with pytest.raises(ConnectionLost, match=r"reading from s\.sock failed: a bug"):
+        await client.call(Echo("x"), timeout_s=TIMEOUT_S)
+    assert "reading failed" in caplog.text
+    await client.close()
+    await fixture.server.close()
+
+
 async def test_unsafe_places_are_refused(run_dir: Path) -> None:
     (run_dir / "file").touch()
     with pytest.raises(ConfigError, match="no socket"):

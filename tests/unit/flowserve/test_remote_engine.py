@@ -99,6 +99,23 @@ async def test_a_lost_gateway_leaves_nothing_running(tmp_path: Path) -> None:
     await group.server.close(drain_timeout_s=0.0)
 
 
+async def test_a_bug_does_not_cut_a_group_off_for_good(
+    group: Group, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = await connect(group.path, QUICK)
+    take = engine._take
+
+    def fail_once(events: Events) -> None:
+        monkeypatch.setattr(engine, "_take", take)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(engine, "_take", fail_once)
+    await until(lambda: "the connection failed" in caplog.text)
+    await until(engine.is_alive)
+    await collect(engine.generate(request=make_request("a")))
+    await engine.close(drain_timeout_s=0.0)
+
+
 async def test_a_disconnection_that_is_meant_is_no_warning(
     group: Group, caplog: pytest.LogCaptureFixture
 ) -> None:

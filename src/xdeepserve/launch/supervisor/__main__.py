@@ -62,6 +62,7 @@ async def _supervise(run: RunDirectory) -> int:
     orphaned = asyncio.create_task(_wait_for_gateway_end(run))
     await asyncio.wait({supervising, orphaned}, return_when=asyncio.FIRST_COMPLETED)
     if orphaned.done() and not supervising.done():
+        orphaned.result()  # Not to be able to watch the gateway is not its end.
         logger.info("the gateway is gone; stopping all workers")
         supervisor.begin_stop(drain_timeout_s=0.0)
     try:

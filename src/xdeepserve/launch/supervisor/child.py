@@ -40,15 +40,24 @@ class Child:
 
     @classmethod
     def spawn(cls, command: Sequence[str]) -> Child:
-        """Start a process that outlives us: its own session, our stderr."""
+        """Start a process that outlives us: its own session, our stderr.
+
+        Raises:
+            OSError: there is no room for another process, or none of its descriptors here.
+        """
         popen = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=STDERR,
             start_new_session=True,
         )
-        # Not reaped before `_on_exit`, so the pid is its own until then.
-        return cls(ProcessIdentity.of(popen.pid), os.pidfd_open(popen.pid), popen)
+        try:
+            # Not reaped before `_on_exit`, so the pid is its own until then.
+            return cls(ProcessIdentity.of(popen.pid), os.pidfd_open(popen.pid), popen)
+        except OSError:
+            popen.kill()
+            popen.wait()
+            raise
 
     @classmethod
     def adopt(cls, identity: ProcessIdentity) -> Child | None:

@@ -11,12 +11,14 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable
+from typing import Final
 
 import msgspec
 
 from xdeepserve.control import ControlServer, Peer
 from xdeepserve.eplb import ExpertLoadReport
-from xdeepserve.errors import CapacityError
+from xdeepserve.errors import CapacityError, DeadlineExceeded
+from xdeepserve.launch.background import Background
 from xdeepserve.launch.fabric import check_scaling
 from xdeepserve.launch.plan import WorkerSpec, resolve
 from xdeepserve.launch.process_identity import ProcessIdentity
@@ -44,6 +46,9 @@ from xdeepserve.launch.supervisor.worker_slot import WorkerSlot
 
 logger = logging.getLogger(__name__)
 
+END_MARGIN_S: Final = 2.0
+"""Beyond the deadlines of a worker's end, for a loop that is late."""
+
 
 class Supervisor:
     """Supervises the workers of one run; `run` until it is stopped or cancelled."""
@@ -60,7 +65,8 @@ class Supervisor:
         self._membership = Membership(epoch=0, run_id=run.run_id, counts={}, members=())
         self._published = asyncio.Event()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._stops: list[asyncio.Task[None]] = []
+        self._background = Background()
+        self._is_stopping = False
         self._balancer = Balancer(
             service.shape,
             service.deployment,
@@ -75,21 +81,20 @@ class Supervisor:
 
         Raises:
             ConfigError: the plan cannot be resolved on this machine.
+            EngineDeadError: a task failed, or a worker cannot be ended.
         """
         server = ControlServer(
             self._run.socket_path(SUPERVISOR_NAME), self._answer, requests=SupervisorRequest
         )
-        balancing: asyncio.Task[None] | None = None
         try:
             self._restore()
             await server.start()
-            balancing = asyncio.create_task(self._balancer.run())
-            balancing.add_done_callback(self._on_balancer_end)
-            await self._ended
+            # After a bug of ours a new supervisor goes on from what was published last.
+            self._background.start(self._balancer.run(), name="the balancer")
+            await self._background.guard(self._ended)
         finally:
             await server.close()
-            if balancing is not None:
-                balancing.cancel()
+            await self._background.close()
             for task in self._tasks.values():
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -100,21 +105,35 @@ class Supervisor:
         Args:
             drain_timeout_s: 0 = without draining, and killed if they do not obey.
         """
-        self._stops.append(asyncio.create_task(self._stop(drain_timeout_s)))
+        self._is_stopping = True
+        self._background.start(self._stop(drain_timeout_s), name="stopping the workers")
         return self._membership
 
     async def _stop(self, drain_timeout_s: float) -> None:
         self._wanted = {}
         for slot in self._slots.values():
             slot.leave(drain_timeout_s=drain_timeout_s)
-        if self._tasks and drain_timeout_s == 0:
-            await asyncio.wait(self._tasks.values(), timeout=self._config.stop_timeout_s)
+        if drain_timeout_s == 0 and not await self._all_ended(self._config.stop_timeout_s):
             for slot in self._slots.values():
                 slot.kill()  # Those that drain since before.
-        while self._tasks:
-            await asyncio.wait(self._tasks.values())
+        if not await self._all_ended(drain_timeout_s + self._longest_end_s()):
+            raise DeadlineExceeded(f"workers that cannot be ended: {', '.join(self._tasks)}")
         if not self._ended.done():
             self._ended.set_result(None)
+
+    async def _all_ended(self, timeout_s: float) -> bool:
+        """Whether no worker is left within the timeout."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._tasks:
+                    await asyncio.wait(self._tasks.values())
+        except TimeoutError:
+            return False
+        return True
+
+    def _longest_end_s(self) -> float:
+        """Beyond its drain: a worker is asked, and waited for after Drain, SIGTERM and SIGKILL."""
+        return 2 * self._config.freeze_timeout_s + 3 * self._config.stop_timeout_s + END_MARGIN_S
 
     # -- what should run ------------------------------------------------------------------------
 
@@ -219,14 +238,6 @@ class Supervisor:
         self._published.set()
         self._published = asyncio.Event()
 
-    def _on_balancer_end(self, task: asyncio.Task[None]) -> None:
-        """A bug of ours. A new supervisor goes on with the placement that was published last."""
-        if task.cancelled() or self._ended.done():
-            return
-        error = task.exception()
-        assert error is not None, "the balancer runs until it is cancelled"
-        self._ended.set_exception(error)
-
     async def _subscribe(self) -> AsyncGenerator[SupervisorReply, None]:
         while True:
             published = self._published
@@ -266,7 +277,7 @@ class Supervisor:
         return self.begin_stop(drain_timeout_s=drain_timeout_s)
 
     async def _scale(self, counts: dict[str, int]) -> Membership:
-        if self._stops:
+        if self._is_stopping:
             raise CapacityError("the service is stopping; it cannot be scaled")
         self._adopt_plan({**self._counts, **counts})
         logger.info("scaling to %s", self._counts)

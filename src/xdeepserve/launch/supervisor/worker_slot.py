@@ -110,7 +110,9 @@ class WorkerSlot:
         child = self._adopt(self.member.process)
         try:
             while child is not None or not self._leave.is_set():
-                child = self._child = child or self._spawn()
+                child = self._child = child or await self._spawn()
+                if child is None:
+                    continue
                 code, ended = await self._watch(child), child.identity
                 child = self._child = None
                 if code == EXIT_NAME_TAKEN:
@@ -124,11 +126,16 @@ class WorkerSlot:
 
     # -- starting and ending --------------------------------------------------------------------
 
-    def _spawn(self) -> Child:
+    async def _spawn(self) -> Child | None:
+        """Start the next incarnation; None after a wait when the machine has no room for it."""
         incarnation = self.member.incarnation + 1
         spec = msgspec.json.encode(self.member.spec).decode()
         command = [sys.executable, "-m", WORKER_MODULE, str(self._run.path), spec, str(incarnation)]
-        child = Child.spawn(command)
+        try:
+            child = Child.spawn(command)
+        except OSError as exc:
+            await self._wait_for_room(exc)
+            return None
         self._has_started = False
         self._set(
             WorkerState.STARTING,
@@ -184,6 +191,15 @@ class WorkerSlot:
         if self._retry.is_set():
             self._policy.forget()
 
+    async def _wait_for_room(self, error: OSError) -> None:
+        """The machine is short of processes, memory or descriptors: no fault of the worker."""
+        wait_s = self._config.backoff_max_s
+        reason = f"cannot be started: {error.strerror or error}"
+        logger.warning("%s: %s; next try in %g s", self.member.name, reason, wait_s)
+        self._set(WorkerState.BACKOFF, process=None, reason=reason)
+        self._retry.clear()
+        await self._first_of(self._leave, self._retry, timeout_s=wait_s)
+
     async def _end(self, child: Child) -> None:
         """Drain, SIGTERM, SIGKILL: each has its time."""
         self._set(WorkerState.DRAINING)
@@ -195,7 +211,8 @@ class WorkerSlot:
         if not await child.wait(timeout_s=self._config.stop_timeout_s):
             logger.warning("%s did not end after SIGTERM; killing it", self.member.name)
             child.send_signal(signal.SIGKILL)
-            await child.exited
+            # Whoever hangs in the kernel is tried again.
+            await child.wait(timeout_s=self._config.stop_timeout_s)
 
     # -- watching -------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from xdeepserve.eplb import ExpertLoadReport, ExpertLoadStats
 from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.flowserve.dp_group import DPGroup
 from xdeepserve.flowserve.dp_server import DPServer
+from xdeepserve.launch.background import Background
 from xdeepserve.launch.compose import load_model_at
 from xdeepserve.launch.fabric import Fabric, is_taken_apart
 from xdeepserve.launch.worker.body import WorkerContext
@@ -42,13 +43,13 @@ class DPBody:
         self._group: DPGroup | None = None
         self._server: DPServer | None = None
         self._transport: XcclTransport | None = None
-        self._following: asyncio.Task[None] | None = None
+        self._background = Background()
 
     async def start(self) -> None:
         """Load the model, warm up once the other workers serve, open the socket."""
         feed = self._routing_feed()
         if feed is not None:
-            self._following = asyncio.create_task(feed.follow())
+            self._background.start(feed.follow(), name="following the routing")
         self._group = await asyncio.to_thread(self._build, feed)
         path = self._context.run.socket_path(self._context.spec.name)
         self._server = DPServer(self._group, path)
@@ -111,8 +112,12 @@ class DPBody:
                 **self._exchange_counts(),
             },
             stage_s={stage.value: s for stage, s in self._times.seconds().items()},
-            error=None if self._group.is_alive() else "the step loop ended or is stuck",
+            error=self._error(),
         )
+
+    def _error(self) -> str | None:
+        is_alive = self._group is not None and self._group.is_alive()
+        return self._background.failure if is_alive else "the step loop ended or is stuck"
 
     def _num_exchanges(self) -> int:
         return 0 if self._transport is None else self._transport.num_exchanges
@@ -131,8 +136,7 @@ class DPBody:
 
     async def close(self) -> None:
         """Abort what runs, stop the loop, close the socket."""
-        if self._following is not None:
-            self._following.cancel()
+        await self._background.close()
         if self._server is not None:
             await self._server.close(drain_timeout_s=0.0)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.launch.background import Background
 from xdeepserve.launch.compose import load_model_at
 from xdeepserve.launch.fabric import Fabric
 from xdeepserve.launch.worker.body import WorkerContext
@@ -40,7 +41,7 @@ class ModuleBody:
         self._units: Partition | None = None
         self._server: ModuleServer | None = None
         self._thread: threading.Thread | None = None
-        self._beating: asyncio.Task[None] | None = None
+        self._background = Background()
         self._error: str | None = None
 
     async def start(self) -> None:
@@ -50,7 +51,7 @@ class ModuleBody:
             target=self._run, args=(self._server,), name=self._context.spec.title, daemon=True
         )
         self._thread.start()
-        self._beating = asyncio.create_task(self._beat(self._server))
+        self._background.start(self._beat(self._server), name="the sign of life")
 
     async def _beat(self, server: ModuleServer) -> None:
         """Show that the loop lives while it computes; a stuck one is gone round, then killed."""
@@ -92,7 +93,7 @@ class ModuleBody:
                 "rows": self._server.num_rows,
             },
             stage_s={stage.value: s for stage, s in self._times.seconds().items()},
-            error=self._error,
+            error=self._error or self._background.failure,
         )
 
     async def drain(self, *, timeout_s: float) -> None:
@@ -106,8 +107,7 @@ class ModuleBody:
 
     async def close(self) -> None:
         """End the loop and close the segment."""
-        if self._beating is not None:
-            self._beating.cancel()
+        await self._background.close()
         if self._server is not None and self._thread is not None:
             self._server.stop()
             await asyncio.to_thread(self._thread.join, JOIN_TIMEOUT_S)
