@@ -16,7 +16,6 @@ from tests.multiproc.cluster_harness import (
     DEADLINE_S,
     is_in,
     is_settled,
-    pids_of,
     run_folder,
     running_cluster,
 )
@@ -110,15 +109,6 @@ async def test_worker_that_dies_while_there_is_no_supervisor() -> None:
         os.kill(worker, signal.SIGKILL)
         os.kill(supervisor, signal.SIGKILL)
         await running.until(is_in("expert0", WorkerState.READY, 2))
-
-
-async def test_supervisor_without_state_finds_the_workers() -> None:
-    async with running_cluster(attention=1, expert=1) as running:
-        pids, supervisor = running.pids(), running.supervisor_pid
-        os.kill(supervisor, signal.SIGSTOP)
-        running.cluster.run.state_path.write_bytes(b"{ damaged")
-        os.kill(supervisor, signal.SIGKILL)
-        assert pids_of(await running.until_next_supervisor(supervisor)) == pids
 
 
 async def test_scale_up_and_down_with_drain() -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import signal
 
 import pytest
 
 from tests.multiproc.cluster_harness import (
     DEADLINE_S,
     Recorder,
+    is_in,
+    is_settled,
     make_service,
+    pids_of,
     refuse_processes,
     run_folder,
     running_cluster,
@@ -22,6 +27,43 @@ from xdeepserve.launch.run_dir import create_run
 from xdeepserve.launch.supervisor.__main__ import _supervise
 from xdeepserve.launch.supervisor.messages import Member, WorkerState
 from xdeepserve.launch.supervisor.supervisor import Supervisor
+
+
+@pytest.mark.parametrize("damage", [b"", b"{ damaged", None])
+async def test_supervisor_without_state_goes_on_with_who_runs(damage: bytes | None) -> None:
+    async with running_cluster(attention=1, expert=2) as running:
+        await running.cluster.scale({"expert": 3})
+        await running.until(is_settled("dp0", "expert0", "expert1", "expert2"))
+        before, supervisor = running.membership, running.supervisor_pid
+        os.kill(supervisor, signal.SIGSTOP)
+        running.cluster.run.state_path.unlink()
+        if damage is not None:
+            running.cluster.run.state_path.write_bytes(damage)
+        os.kill(supervisor, signal.SIGKILL)
+        after = await running.until_next_supervisor(supervisor)
+        assert (after.counts, pids_of(after)) == (before.counts, pids_of(before))
+        # Who follows takes nothing that is older than what it has.
+        assert after.epoch > before.epoch
+        assert before.placement is not None
+        assert after.placement is not None
+        assert after.placement.epoch > before.placement.epoch
+        assert after.placement.expert == before.placement.expert
+        for old, new in zip(before.members, after.members, strict=True):
+            assert abs(new.started_at_s - old.started_at_s) < 5
+        running.kill("expert2")
+        await running.until(is_in("expert2", WorkerState.READY, 2))
+
+
+async def test_scaled_down_workers_do_not_come_back_without_state() -> None:
+    async with running_cluster(attention=1, expert=2) as running:
+        await running.cluster.scale({"expert": 1})
+        await running.until(is_settled("dp0", "expert0"))
+        supervisor = running.supervisor_pid
+        os.kill(supervisor, signal.SIGSTOP)
+        running.cluster.run.state_path.unlink()
+        os.kill(supervisor, signal.SIGKILL)
+        after = await running.until_next_supervisor(supervisor)
+        assert after.counts == {"attention": 1, "ffn": 0, "expert": 1}
 
 
 class BrokenListener(Recorder):

@@ -76,6 +76,19 @@ def worker_name(role: str, rank: int) -> str:
     return f"{NAME_PREFIX[role]}{rank}"
 
 
+def counts_of(names: Collection[str]) -> dict[str, int]:
+    """How many workers of each role there must be for these to be among them: highest rank + 1.
+
+    Roles without any are left out, and so are names that are no worker's.
+    """
+    counts: dict[str, int] = {}
+    for role, prefix in NAME_PREFIX.items():
+        ranks = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        if found := [int(rank) for rank in ranks if rank.isascii() and rank.isdecimal()]:
+            counts[role] = 1 + max(found)
+    return counts
+
+
 def resolve(
     deployment: Deployment, shape: ModelShape, *, usable_cores: Collection[int]
 ) -> ResolvedPlan:

@@ -14,6 +14,8 @@ import msgspec
 from xdeepserve.errors import IntegrityError
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+_BOOT_TIME_KEY: Final = "btime "
+"""Of /proc/stat: when this machine was booted, in seconds since the Unix epoch."""
 
 _STATE, _UTIME, _STIME, _START_TIME = 0, 11, 12, 19
 """Fields of /proc/PID/stat, counted from the one behind the name; proc(5)."""
@@ -52,6 +54,11 @@ def sample_process(pid: int) -> ProcessSample | None:
     )
 
 
+def _boot_time_s() -> int:
+    lines = Path("/proc/stat").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(_BOOT_TIME_KEY))
+
+
 class ProcessIdentity(msgspec.Struct, frozen=True):
     """One process of this boot; equal only to itself, also after its pid is reused."""
 
@@ -74,6 +81,11 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
     def own(cls) -> ProcessIdentity:
         """This process."""
         return cls.of(os.getpid())
+
+    @property
+    def started_at_s(self) -> float:
+        """Wall clock of its start, to the second."""
+        return _boot_time_s() + self.start_time / _TICKS_PER_S
 
     def is_alive(self) -> bool:
         """Whether it runs; a zombie does not."""

@@ -132,16 +132,26 @@ class RunDirectory:
         return sorted(path for path in named if _is_own_file(path))
 
     def write(self, path: Path, message: msgspec.Struct) -> None:
-        """Replace a JSON file of this run in one step."""
+        """Replace a JSON file of this run in one step; it is never empty or half written."""
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(message))
+        with temporary.open("wb") as file:
+            file.write(msgspec.json.encode(message))
+            file.flush()
+            # Some file systems would rename first and find out later that the disk is full.
+            os.fsync(file.fileno())
         temporary.rename(path)
+
+    def lock_holders(self) -> dict[str, ProcessIdentity | None]:
+        """By name, every process that ever was of this run, the gateway apart; None = it ended."""
+        return {path.stem: lock_holder(path) for path in sorted(self.path.glob("*.lock"))}
 
     def kill_processes(self) -> None:
         """Kill the supervisor, then all workers."""
-        locks = sorted(self.path.glob("*.lock"), key=lambda path: path.name != "supervisor.lock")
-        for lock in locks:
-            if (holder := lock_holder(lock)) is not None:
+        # First who could start others.
+        if (supervisor := lock_holder(self.lock_path("supervisor"))) is not None:
+            supervisor.kill(signal.SIGKILL)
+        for holder in self.lock_holders().values():
+            if holder is not None:
                 holder.kill(signal.SIGKILL)
 
     def remove(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.deployment_file import parse_deployment
-from xdeepserve.launch.plan import ModelShape, even_slices, resolve
+from xdeepserve.launch.plan import ModelShape, counts_of, even_slices, resolve
 
 MOE = ModelShape(name="moe", num_experts=8, has_ffn=True, num_layers=2, hidden_size=8, top_k=2)
 ALL_ROUTED = ModelShape(
@@ -30,6 +30,14 @@ def test_workers_of_all_roles() -> None:
         ("xds:expert2", "expert", 2, (), (6, 8)),
     ]
     assert plan.counts() == {"attention": 2, "ffn": 1, "expert": 3}
+
+
+def test_counts_that_workers_speak_for() -> None:
+    assert counts_of(["dp1", "expert0", "expert2", "supervisor", "expertly", "dp²"]) == {
+        "attention": 2,
+        "expert": 3,
+    }
+    assert counts_of([]) == {}
 
 
 def test_slices_may_overlap() -> None:

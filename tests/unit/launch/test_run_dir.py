@@ -7,6 +7,7 @@ import secrets
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,40 @@ def test_a_lock_has_one_holder(folder: Path) -> None:
     lock.release()
     assert lock_holder(path) is None
     IdentityLock(path).release()
+
+
+def test_who_ever_was_of_a_run() -> None:
+    run, lease = create_run()
+    held, left = (IdentityLock(run.lock_path(name)) for name in ("dp0", "expert0"))
+    left.release()
+    assert run.lock_holders() == {"dp0": ProcessIdentity.own(), "expert0": None}
+    held.release()
+    lease.release()
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, lease = create_run()
+    before, after = ProcessIdentity(1, 2), ProcessIdentity(30, 40)
+    run.write(run.state_path, before)
+    seen: list[tuple[bytes, int]] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: seen.append((run.state_path.read_bytes(), os.fstat(file).st_size))
+    )
+    run.write(run.state_path, after)
+    assert seen == [(msgspec.json.encode(before), len(msgspec.json.encode(after)))]
+    assert run.state_path.read_bytes() == msgspec.json.encode(after)
+    lease.release()
+
+
+def test_a_process_knows_when_it_started() -> None:
+    before_s = time.time()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        started_at_s = ProcessIdentity.of(process.pid).started_at_s
+        process.kill()
+    # Both the boot time and a process's start are cut to whole units.
+    assert before_s - 2 < started_at_s < time.time() + 2
 
 
 def test_cleaning_spares_the_living() -> None:

@@ -83,6 +83,7 @@ class Balancer:
 
     Attributes:
         placement: in force; None before the first `place`.
+        first_epoch: of the placement that `place` makes where there is none.
         num_dropped: how often the work of a FAILED worker was given to others.
     """
 
@@ -107,6 +108,7 @@ class Balancer:
             sleep: between two ticks.
         """
         self.placement: Placement | None = None
+        self.first_epoch = 0
         self.num_dropped = 0
         self._shape = shape
         self._deployment = deployment
@@ -179,12 +181,12 @@ class Balancer:
     def _first(self, ffn: tuple[int, ...], expert: tuple[int, ...]) -> Placement:
         """As the deployment says."""
         slices = expert_slices(self._deployment, self._shape) if expert else ()
-        if len(slices) != len(expert):  # a state file was lost after scaling
+        if len(slices) != len(expert):  # the state file was lost after scaling
             deployment = self._deployment.with_counts({"expert": len(expert)})
             slices = expert_slices(deployment, self._shape)
         replicas = self._replicas(len(expert))
         table = base_table(self._shape, slices, replicas)
-        return Placement(epoch=0, ffn=ffn, expert=expert, table=table)
+        return Placement(epoch=self.first_epoch, ffn=ffn, expert=expert, table=table)
 
     def _next(self, current: Placement, ffn: tuple[int, ...], expert: tuple[int, ...]) -> Placement:
         if self._load is None or not expert:  # FFN workers only, or all are to end

@@ -15,12 +15,13 @@ from typing import Final
 
 import msgspec
 
+from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.control import ControlServer, Peer
 from xdeepserve.eplb import ExpertLoadReport
 from xdeepserve.errors import CapacityError, DeadlineExceeded
 from xdeepserve.launch.background import Background
 from xdeepserve.launch.fabric import check_scaling
-from xdeepserve.launch.plan import WorkerSpec, resolve
+from xdeepserve.launch.plan import WorkerSpec, counts_of, resolve
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import RunDirectory
 from xdeepserve.launch.service import ServiceConfig
@@ -138,15 +139,19 @@ class Supervisor:
     # -- what should run ------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        """Take over from the state file, or begin with the deployment's counts."""
+        """Take over from the state file, else from who runs, else begin as deployed."""
         saved = self._load_state()
-        deployment = self._service.deployment
+        counts = self._service.deployment.counts()
         if saved is not None:
             self._membership = saved.membership
             self._balancer.placement = saved.membership.placement
             self._incarnations = dict(saved.incarnations)
-            deployment = deployment.with_counts(saved.membership.counts)
-        self._adopt_plan(deployment.counts())
+            counts = saved.membership.counts
+        elif workers := self._former_workers():
+            counts |= counts_of([name for name, holder in workers.items() if holder is not None])
+            self._raise_epochs()
+            logger.error("%s is lost; going on with %s", self._run.state_path, counts)
+        self._adopt_plan(counts)
         for member in self._membership.members:
             self._start_slot(member)
         self._reconcile()
@@ -159,9 +164,20 @@ class Supervisor:
         except FileNotFoundError:
             return None
         except msgspec.DecodeError as exc:
-            # The lock files still tell which workers run.
-            logger.error("%s is damaged (%s); starting over", self._run.state_path, exc)
+            logger.error("%s is damaged: %s", self._run.state_path, exc)
             return None
+
+    def _former_workers(self) -> dict[str, ProcessIdentity | None]:
+        """Who holds the lock of each worker that ever was; empty when the run begins."""
+        holders = self._run.lock_holders()
+        holders.pop(SUPERVISOR_NAME, None)
+        return holders
+
+    def _raise_epochs(self) -> None:
+        """Above all that may have been published: there are never 1000 in a second."""
+        epoch = int(SYSTEM_CLOCK.wall() * 1000)
+        self._membership = msgspec.structs.replace(self._membership, epoch=epoch)
+        self._balancer.first_epoch = epoch
 
     def _adopt_plan(self, counts: dict[str, int]) -> None:
         """Want the workers of these counts; raises ConfigError and changes nothing if wrong."""

@@ -158,7 +158,11 @@ class WorkerSlot:
             self._has_started = self.member.state is not WorkerState.STARTING
         else:
             self._has_started = False
-            self._set(WorkerState.STARTING, process=child.identity)
+            self._set(
+                WorkerState.STARTING,
+                process=child.identity,
+                started_at_s=child.identity.started_at_s,
+            )
         return child
 
     def _reason(self, ended: ProcessIdentity, code: int | None) -> str:
