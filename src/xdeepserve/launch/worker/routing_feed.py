@@ -21,7 +21,10 @@ from xdeepserve.launch.supervisor.messages import SavedState
 from xdeepserve.transformerless.routing import LiveRouting
 
 FEED_INTERVAL_S: Final = 0.02
-"""Between two looks at the file's time stamp."""
+"""Between two looks at the file's stamp."""
+
+_Stamp = tuple[int, int, int]
+"""Inode, time of change and size: of two files written within a tick of the clock, one differs."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class RoutingFeed:
         self._run = run
         self._service = service
         self.fabric = fabric
-        self._stamp_ns = 0
+        self._stamp: _Stamp | None = None
         placement = self._read()
         if placement is None:
             raise ConfigError(f"{run.state_path} holds no placement; is a supervisor running?")
@@ -63,14 +66,18 @@ class RoutingFeed:
 
     def _read(self) -> Placement | None:
         """The placement in the state file; None when the file is as before, or unreadable."""
+        path, before = self._run.state_path, self._stamp
         try:
-            stamp_ns = self._run.state_path.stat().st_mtime_ns
-            if stamp_ns == self._stamp_ns:
+            info = path.stat()
+            # Noted before it is read, so that a damaged file is complained about once.
+            self._stamp = info.st_ino, info.st_mtime_ns, info.st_size
+            if self._stamp == before:
                 return None
-            data = self._run.state_path.read_bytes()
-            state = msgspec.json.decode(data, type=SavedState)
-        except (OSError, msgspec.DecodeError) as exc:
-            logger.warning("%s cannot be read: %s", self._run.state_path, exc)
-            return None
-        self._stamp_ns = stamp_ns
-        return state.membership.placement
+            return msgspec.json.decode(path.read_bytes(), type=SavedState).membership.placement
+        except msgspec.DecodeError as exc:
+            logger.warning("%s is damaged: %s", path, exc)
+        except OSError as exc:
+            self._stamp = None
+            if before is not None:
+                logger.warning("%s cannot be read: %s", path, exc)
+        return None
