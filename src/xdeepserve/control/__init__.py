@@ -10,7 +10,7 @@ from xdeepserve.control.client import ControlClient
 from xdeepserve.control.envelope import RemoteError, to_local, to_remote
 from xdeepserve.control.framing import DEFAULT_MAX_FRAME_BYTES
 from xdeepserve.control.server import ControlServer
-from xdeepserve.control.unix_socket import Peer
+from xdeepserve.control.unix_socket import Peer, check_socket_path
 
 __all__ = [
     "DEFAULT_MAX_FRAME_BYTES",
@@ -18,6 +18,7 @@ __all__ = [
     "ControlServer",
     "Peer",
     "RemoteError",
+    "check_socket_path",
     "to_local",
     "to_remote",
 ]

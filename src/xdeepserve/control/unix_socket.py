@@ -53,13 +53,22 @@ def bind_socket(path: Path) -> socket.socket:
     return listener
 
 
-def _check_path(path: Path) -> None:
+def check_socket_path(path: Path) -> None:
+    """Whether a socket can have this path.
+
+    Raises:
+        ConfigError: it is too long.
+    """
     length = len(os.fsencode(path))
     if length > _MAX_PATH_BYTES:
         raise ConfigError(
             f"the socket path {path} has {length} bytes, the limit is {_MAX_PATH_BYTES}; "
             "use a shorter run directory"
         )
+
+
+def _check_path(path: Path) -> None:
+    check_socket_path(path)
     folder = path.parent.stat()
     if folder.st_uid != os.geteuid() or stat.S_IMODE(folder.st_mode) & 0o077:
         raise ConfigError(

@@ -77,7 +77,7 @@ def build_dp_group(
     Raises:
         ConfigError: as `build_engine`.
     """
-    info = _engine_info(model, model_name, config)
+    info = engine_info(model, model_name, config)
     times = stage_times or StageTimes()
     executor = InProcExecutor(
         model=model,
@@ -109,7 +109,12 @@ def build_dp_group(
     )
 
 
-def _engine_info(model: Model, model_name: str, config: EngineConfig) -> EngineInfo:
+def engine_info(model: Model, model_name: str, config: EngineConfig) -> EngineInfo:
+    """What a DP group with these limits would be like; nothing is made.
+
+    Raises:
+        ConfigError: as `build_engine`.
+    """
     num_blocks = num_kv_blocks(config, model.kv_bytes_per_token)
     max_model_len = resolve_max_model_len(
         config,

@@ -31,6 +31,7 @@ from typing import Final
 import msgspec
 
 from xdeepserve import envs
+from xdeepserve.control import check_socket_path
 from xdeepserve.errors import CapacityError, ConfigError
 from xdeepserve.launch.process_identity import ProcessIdentity
 
@@ -39,6 +40,9 @@ SHM_FOLDER: Final = Path("/dev/shm")
 _FLOCK: Final = struct.Struct("hhqqi4x")
 _WHOLE_FILE: Final = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 """struct flock of fcntl(2). Open file description locks: asking who holds one takes none."""
+
+_LONGEST_NAME: Final = "expert255"
+"""Of a process: no role has a longer one, or more workers."""
 
 _RUN_NAME: Final = re.compile(r"xds-([0-9a-f]{8})")
 _RUN_MODE: Final = 0o700
@@ -211,21 +215,26 @@ def create_run() -> tuple[RunDirectory, IdentityLock]:
     """A new run directory in XDEEPSERVE_RUN_DIR and its lease, held by this process.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or its path is too long for sockets in it.
     """
     base, run_id = envs.RUN_DIR.get(), secrets.token_hex(4)
+    run = RunDirectory(base / f"xds-{run_id}", run_id)
+    try:
+        check_socket_path(run.control_path(_LONGEST_NAME))
+    except ConfigError as exc:
+        raise ConfigError(f"{exc.message} ({envs.RUN_DIR.name}={base})") from None
     draft = base / f".xds-{run_id}.new"
     try:
         draft.mkdir(mode=_RUN_MODE)
         lease = IdentityLock(draft / "lease")
         # Renamed when the lease is held: whoever looks for dead runs never sees it without.
-        path = draft.rename(base / f"xds-{run_id}")
+        draft.rename(run.path)
     except OSError as exc:
         raise ConfigError(
             f"no run directory can be made in {base}: {exc.strerror or exc}; set "
             f"{envs.RUN_DIR.name} to a folder that can be written"
         ) from exc
-    return RunDirectory(path, run_id), lease
+    return run, lease
 
 
 def find_runs() -> list[RunDirectory]:

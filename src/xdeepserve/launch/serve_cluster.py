@@ -10,6 +10,7 @@ from typing import Final
 
 from setproctitle import setproctitle
 
+from xdeepserve.flowserve.build import engine_info
 from xdeepserve.launch.cluster import Cluster
 from xdeepserve.launch.cluster_metrics import ClusterCollector
 from xdeepserve.launch.compose import LoadedModel, shape_of
@@ -54,6 +55,8 @@ def serve_cluster(
     shape = shape_of(loaded)
     plan = resolve(deployment, shape, usable_cores=os.sched_getaffinity(0))
     check_room(deployment, shape, Room.of_this_machine())
+    # A KV cache that is too small or too large is found here, not by each DP group.
+    engine_info(loaded.model, names[0], deployment.limits)
     service = ServiceConfig(
         model_path=str(loaded.path.resolve()),
         model_name=names[0],

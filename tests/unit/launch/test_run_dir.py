@@ -97,6 +97,17 @@ def test_a_file_is_on_the_disk_before_it_replaces_another(
     lease.release()
 
 
+def test_a_path_too_long_for_sockets_is_refused_before_anything_is_made(folder: Path) -> None:
+    long = folder / ("x" * 80)
+    long.mkdir()
+    with (
+        envs.RUN_DIR.override(str(long)),
+        pytest.raises(ConfigError, match=r"limit is 107; .*XDEEPSERVE_RUN_DIR"),
+    ):
+        create_run()
+    assert list(long.iterdir()) == []
+
+
 def test_a_process_knows_when_it_started() -> None:
     before_s = time.time()
     with subprocess.Popen(["sleep", "60"]) as process:
