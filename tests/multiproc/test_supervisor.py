@@ -20,6 +20,7 @@ from tests.multiproc.cluster_harness import (
     running_cluster,
 )
 from xdeepserve.errors import ConfigError, EngineDeadError
+from xdeepserve.launch.cli import main
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import SHM_FOLDER, RunDirectory, clean_dead_runs, dead_runs
 from xdeepserve.launch.service import ServiceConfig
@@ -174,6 +175,15 @@ async def test_scale_refuses_nonsense() -> None:
         status = await running.cluster.status()
         assert status.membership.epoch == epoch
         assert status.heartbeats["dp0"].load["rounds"] > 0
+
+
+async def test_the_experts_are_moved_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    async with running_cluster(attention=1, expert=2):
+        assert await asyncio.to_thread(main, ["rebalance"]) == 0
+        assert capsys.readouterr().out == "the experts stay where they are: placement 0\n"
+    async with running_cluster(attention=1):
+        assert await asyncio.to_thread(main, ["rebalance"]) == 2
+        assert "nothing to rebalance" in capsys.readouterr().err
 
 
 async def test_crash_loop_ends_in_failed_until_scaled() -> None:

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "serve": "serve a model behind an OpenAI-compatible API",
     "status": "show the workers of a running service",
     "scale": "change the number of workers of a running service",
+    "rebalance": "move the experts of a running service to where their load wants them",
     "chat": "talk to a running server in the terminal",
     "generate": "complete one prompt in this process and print it",
     "models": "list, inspect, pull and upcycle models",

@@ -55,7 +55,7 @@ def render(status: Status, service: ServiceConfig, now_s: float) -> list[str]:
     head = (
         f"run {membership.run_id}  model {service.model_name}  {counts}  "
         f"epoch {membership.epoch}  supervisor {status.supervisor.pid}  "
-        f"SLO ttft {slo.ttft_ms:g} ms, tpot {slo.tpot_ms:g} ms"
+        f"SLO ttft {_target(slo.ttft_ms)}, tpot {_target(slo.tpot_ms)}"
     )
     rows = [
         _row(m, status.heartbeats.get(m.name), membership.placement, now_s)
@@ -63,6 +63,10 @@ def render(status: Status, service: ServiceConfig, now_s: float) -> list[str]:
     ]
     heat = [] if status.expert_heat is None else [_heat(status.expert_heat)]
     return [head, *heat, *_align([COLUMNS, *rows])]
+
+
+def _target(milliseconds: float) -> str:
+    return f"{milliseconds:g} ms" if milliseconds else "none"
 
 
 def render_experts(heat: ExpertHeat | None) -> list[str]:

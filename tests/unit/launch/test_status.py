@@ -68,6 +68,7 @@ def test_table() -> None:
     head, *rows = render(status, make_service(1, 1), now_s=4723.0)
     assert "run abababab" in head
     assert "attention=1 ffn=0 expert=1  epoch 12  supervisor 41" in head
+    assert head.endswith("SLO ttft none, tpot 50 ms")
     assert [" ".join(row.split()) for row in rows[1:]] == [
         "dp0 attention ready 42 1 0 1h02m - running=2 kv_usage=0.25 "
         "wait 65% attention 20% head 10% -",
@@ -191,7 +192,7 @@ def test_a_role_twice() -> None:
         parse_counts(["ffn=1", "ffn=2"])
 
 
-@pytest.mark.parametrize("command", ["status", "scale expert=2", "status --run-id x"])
+@pytest.mark.parametrize("command", ["status", "scale expert=2", "rebalance", "status --run-id x"])
 def test_without_a_service(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 2
     assert "running: none" in capsys.readouterr().err

@@ -72,15 +72,21 @@ async def scale_run(run: RunDirectory, counts: Mapping[str, int]) -> Membership:
     return membership
 
 
-async def rebalance_run(run: RunDirectory, load: ExpertLoadReport | None = None) -> Membership:
+async def rebalance_run(
+    run: RunDirectory,
+    load: ExpertLoadReport | None = None,
+    *,
+    timeout_s: float = REBALANCE_TIMEOUT_S,
+) -> Membership:
     """Move the experts to where a load, or the load counted, asks for; returns when they are there.
 
     Raises:
         ConfigError: there are no expert workers, or the load is of another model.
-        ConnectionLost, DeadlineExceeded: there is no supervisor, or it is being replaced.
+        ConnectionLost, DeadlineExceeded: there is no supervisor, it is being replaced, or it takes
+            longer; what has moved then stays, what is left is for the next rebalance.
     """
     async with connect_supervisor(run) as client:
-        membership: Membership = await client.call(Rebalance(load), timeout_s=REBALANCE_TIMEOUT_S)
+        membership: Membership = await client.call(Rebalance(load), timeout_s=timeout_s)
         return membership
 
 
