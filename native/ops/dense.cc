@@ -7,6 +7,27 @@
 namespace xds {
 namespace {
 
+constexpr int64_t kSmallWork = 16384;  // elements below which waking threads costs more than it saves
+
+// Rows as panel_gemm reads them.
+struct Activations {
+  const uint8_t* data;
+  ptrdiff_t stride;  // bytes
+  const float* row_scale;
+};
+
+// The rows of x that meet one group of a weight, and where the results go.
+struct Product {
+  const uint8_t* a;
+  ptrdiff_t a_stride;
+  int64_t rows;
+  const float* row_scale;
+  int64_t row_scale_stride;
+  int64_t group;
+  float* c;  // null when a sink takes the products
+  int64_t c_stride;
+};
+
 template <class Body>
 void for_rows(Context& ctx, int64_t rows, int64_t width, Body&& body) {
   if (rows * width < kSmallWork) {
@@ -53,13 +74,12 @@ Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t str
   return out;
 }
 
-}  // namespace
-
 // x is read only: without swiglu, prepare() does not write to it.
 Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType dtype) {
   return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false);
 }
 
+// `ahead` is how many panels later this thread is likely to be.
 PanelTask panel_task(int64_t ahead, const Product& p, const Weight& w, int64_t panel,
                      int64_t first_row, const float* bias) {
   PanelTask task{};
@@ -69,7 +89,7 @@ PanelTask panel_task(int64_t ahead, const Product& p, const Weight& w, int64_t p
   task.b = w.panel(p.group, panel);
   task.steps = w.steps();
   task.next = panel + ahead < w.panels() ? task.b + ahead * w.panel_bytes() : nullptr;
-  task.c = p.c + first_row * p.c_stride + panel * kPanel;
+  if (p.c != nullptr) task.c = p.c + first_row * p.c_stride + panel * kPanel;
   task.c_stride = p.c_stride;
   task.cols = std::min(kPanel, w.n - panel * kPanel);
   task.bias = bias == nullptr ? nullptr : bias + panel * kPanel;
@@ -82,23 +102,22 @@ PanelTask panel_task(int64_t ahead, const Product& p, const Weight& w, int64_t p
   return task;
 }
 
-namespace {
-
 // Work items are (product, row chunk, panel), spread over the threads.
 void multiply(Context& ctx, const std::vector<Product>& products, const Weight& w,
-              const float* bias = nullptr) {
+              const float* bias = nullptr, const PanelSink* sink = nullptr) {
   std::vector<int64_t> first_item{0};  // of each product
   for (const Product& p : products) {
     const int64_t chunks = (p.rows + kRowChunk - 1) / kRowChunk;
     first_item.push_back(first_item.back() + chunks * w.panels());
   }
-  auto body = [&](int64_t item, int) {
+  auto body = [&](int64_t item, int thread) {
     const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
     const size_t index = static_cast<size_t>(after - first_item.begin()) - 1;
     const int64_t local = item - first_item[index];
-    ctx.kernels.panel_gemm[static_cast<int>(w.dtype)](
-        panel_task(ctx.pool.size(), products[index], w, local % w.panels(),
-                   local / w.panels() * kRowChunk, bias));
+    const int64_t panel = local % w.panels(), first_row = local / w.panels() * kRowChunk;
+    PanelTask task = panel_task(ctx.pool.size(), products[index], w, panel, first_row, bias);
+    if (sink != nullptr) return (*sink)(task, panel, first_row, thread);
+    ctx.kernels.panel_gemm[static_cast<int>(w.dtype)](task);
   };
   const int64_t items = first_item.back();
   if (items * w.k * kPanel < kSmallWork) {
@@ -152,6 +171,12 @@ void linear(Context& ctx, const float* x, int64_t rows, const Weight& w, const f
   const Timed timed(ctx.times, Op::kLinear);
   const Activations a = prepare(ctx, x, rows, w.k, w.dtype);
   multiply(ctx, {{a.data, a.stride, rows, a.row_scale, 1, 0, out, w.n}}, w, bias);
+}
+
+void linear_panels(Context& ctx, const float* x, int64_t rows, const Weight& w,
+                   const PanelSink& sink) {
+  const Activations a = prepare(ctx, x, rows, w.k, w.dtype);
+  multiply(ctx, {{a.data, a.stride, rows, a.row_scale, 1, 0, nullptr, 0}}, w, nullptr, &sink);
 }
 
 void grouped_linear(Context& ctx, const float* x, int64_t tokens, const Weight& w, float* out) {

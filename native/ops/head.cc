@@ -41,33 +41,30 @@ int32_t merge(const Best* const* best, int threads, int64_t row) {
 void lm_head(Context& ctx, const float* x, int64_t rows, const Weight& w, int64_t num_greedy,
              int32_t* ids, float* logits) {
   const Timed timed(ctx.times, Op::kLmHead);
-  const Activations a = prepare(ctx, x, rows, w.k, w.dtype);
-  const Product product{a.data, a.stride, rows, a.row_scale, 1, 0, nullptr, kPanel};
   std::vector<Best*> best;
   for (int thread = 0; thread < ctx.pool.size(); ++thread) {
     best.push_back(state_of(ctx, thread, num_greedy).best);
     std::fill_n(best.back(), num_greedy, kNoBest);
   }
-  auto body = [&](int64_t item, int thread) {
-    const int64_t panel = item % w.panels(), first_row = item / w.panels() * kRowChunk;
+  const auto panel_gemm = ctx.kernels.panel_gemm[static_cast<int>(w.dtype)];
+  linear_panels(ctx, x, rows, w, [&](PanelTask& task, int64_t panel, int64_t first, int thread) {
+    const int64_t greedy = std::clamp<int64_t>(num_greedy - first, 0, task.rows);
+    if (greedy == 0) {
+      task.c = logits + (first - num_greedy) * w.n + panel * kPanel;
+      task.c_stride = w.n;
+      return panel_gemm(task);
+    }
     const ThreadState state = state_of(ctx, thread, num_greedy);
-    PanelTask task = panel_task(ctx.pool.size(), product, w, panel, first_row, nullptr);
     task.c = state.block;
-    ctx.kernels.panel_gemm[static_cast<int>(w.dtype)](task);
-    const int64_t greedy = std::clamp<int64_t>(num_greedy - first_row, 0, task.rows);
+    task.c_stride = kPanel;
+    panel_gemm(task);
     ctx.kernels.argmax_rows(state.block, kPanel, greedy, task.cols, panel * kPanel,
-                            state.best + first_row);
+                            state.best + first);
     for (int64_t row = greedy; row < task.rows; ++row) {
       std::copy_n(state.block + row * kPanel, task.cols,
-                  logits + (first_row + row - num_greedy) * w.n + panel * kPanel);
+                  logits + (first + row - num_greedy) * w.n + panel * kPanel);
     }
-  };
-  const int64_t items = (rows + kRowChunk - 1) / kRowChunk * w.panels();
-  if (items * w.k * kPanel < kSmallWork) {
-    for (int64_t item = 0; item < items; ++item) body(item, 0);
-  } else {
-    ctx.pool.for_each(items, body);
-  }
+  });
   for (int64_t row = 0; row < num_greedy; ++row) ids[row] = merge(best.data(), ctx.pool.size(), row);
 }
 
