@@ -72,7 +72,7 @@ Weight view_weight(const Bytes& data, int dtype, int64_t groups, int64_t n, int6
 Weight weight_shape(int dtype, int64_t groups, int64_t n, int64_t k);
 
 // The cache arrays of a layer as the operators see them.
-Cache view_cache(const AnyArray& keys, const std::optional<AnyArray>& values);
+Cache view_cache(const AnyArray& keys, const AnyArray& values);
 void check_gate(const Gate& gate);
 
 void bind_dense(nb::class_<Context>& cls);

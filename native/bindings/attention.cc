@@ -6,19 +6,30 @@ namespace xds {
 
 using namespace nb::literals;
 
-Cache view_cache(const AnyArray& keys, const std::optional<AnyArray>& values) {
-  check(keys.ndim() == 4, "the key cache must be [blocks, kv heads, block size, D]");
-  Cache kv{keys.data(),   nullptr,       is_bf16(keys, "the key cache"),
-           size(keys, 0), size(keys, 1), size(keys, 2),
-           size(keys, 3)};
+Cache view_latents(const AnyArray& keys) {
+  check(keys.ndim() == 4, "the latent cache must be [blocks, 1, block size, D]");
+  const Cache kv{keys.data(),   nullptr,       is_bf16(keys, "the latent cache"),
+                 size(keys, 0), size(keys, 1), size(keys, 2),
+                 size(keys, 3)};
+  check_equal(kv.heads, 1, "kv heads of a latent cache");
+  check(kv.block_size >= 1 && kv.dim >= 1, "the cache has an empty dimension");
+  return kv;
+}
+
+Cache view_cache(const AnyArray& keys, const AnyArray& values) {
+  check(keys.ndim() == 4 && values.ndim() == 4,
+        "caches must be [blocks, kv heads, D, block size] (keys) and "
+        "[blocks, kv heads, block size, D] (values)");
+  const Cache kv{keys.data(),   values.data(), is_bf16(keys, "the key cache"),
+                 size(keys, 0), size(keys, 1), size(keys, 3),
+                 size(keys, 2)};
   check(kv.heads >= 1 && kv.block_size >= 1 && kv.dim >= 1, "the cache has an empty dimension");
-  if (!values) return kv;
-  check(values->ndim() == 4 && is_bf16(*values, "the value cache") == kv.bf16,
-        "the value cache must have the rank and dtype of the key cache");
-  for (size_t axis = 0; axis < 4; ++axis) {
-    check_equal(size(*values, axis), size(keys, axis), "a dimension of the value cache");
-  }
-  kv.values = values->data();
+  check(is_bf16(values, "the value cache") == kv.bf16,
+        "the value cache must have the dtype of the key cache");
+  check_equal(size(values, 0), kv.blocks, "blocks of the value cache");
+  check_equal(size(values, 1), kv.heads, "kv heads of the value cache");
+  check_equal(size(values, 2), kv.block_size, "block size of the value cache");
+  check_equal(size(values, 3), kv.dim, "head size of the value cache");
   return kv;
 }
 
@@ -95,8 +106,7 @@ void py_rope(Context& ctx, Floats3 x, Floats2 rope_table, Ints1 positions, Array
 }
 
 void py_mla_kv_write(Context& ctx, Floats2 latent, Floats2 k_rope, Ints1 slots, AnyArray keys) {
-  const Cache kv = view_cache(keys, std::nullopt);
-  check_equal(kv.heads, 1, "kv heads of a latent cache");
+  const Cache kv = view_latents(keys);
   check_equal(size(latent, 1) + size(k_rope, 1), kv.dim, "latent plus rope size");
   check_equal(size(k_rope, 0), size(latent, 0), "rows of k_rope");
   check_equal(size(slots, 0), size(latent, 0), "length of slot_mapping");
@@ -124,9 +134,8 @@ void py_paged_attention(Context& ctx, Floats3 q, Ints1 query_start, Ints1 seq_le
 void py_mla_attention(Context& ctx, Floats3 q_latent, Floats3 q_rope, Ints1 query_start,
                       Ints1 seq_lens, Ints2 tables, AnyArray keys, float scale,
                       Array<float, 3> out) {
-  const Cache kv = view_cache(keys, std::nullopt);
+  const Cache kv = view_latents(keys);
   const int64_t tokens = size(q_latent, 0), heads = size(q_latent, 1), rank = size(q_latent, 2);
-  check_equal(kv.heads, 1, "kv heads of a latent cache");
   check(heads >= 1 && rank >= 1, "q_latent has an empty dimension");
   check(size(q_rope, 0) == tokens && size(q_rope, 1) == heads, "q_rope must match q_latent");
   check_equal(rank + size(q_rope, 2), kv.dim, "latent plus rope size");

@@ -17,8 +17,7 @@ struct WeightView {
 };
 
 struct CacheView {
-  AnyArray keys;
-  std::optional<AnyArray> values;
+  AnyArray keys, values;
   Cache cache;
 };
 
@@ -44,7 +43,7 @@ void init_weight(WeightView* self, Bytes data, int dtype, std::tuple<int64_t, in
   new (self) WeightView{std::move(data), w};
 }
 
-void init_cache(CacheView* self, AnyArray keys, std::optional<AnyArray> values) {
+void init_cache(CacheView* self, AnyArray keys, AnyArray values) {
   const Cache cache = view_cache(keys, values);
   new (self) CacheView{std::move(keys), std::move(values), cache};
 }
@@ -156,7 +155,6 @@ void set_router(GqaLayerView& self, const WeightView& weight, std::optional<Floa
 
 void check_step(const GqaLayerView& layer, const BatchView& batch, const CacheView& kv) {
   const Cache& cache = kv.cache;
-  check(cache.values != nullptr, "grouped-query attention needs a value cache");
   check_equal(layer.layer.output.k / layer.layer.num_heads, cache.dim, "head size");
   check_equal(layer.layer.qkv.n, (layer.layer.num_heads + 2 * cache.heads) * cache.dim,
               "output features of qkv");
@@ -222,7 +220,7 @@ void bind_layer(nb::module_& m, nb::class_<Context>& cls) {
   nb::class_<WeightView>(m, "Weight")
       .def("__init__", &init_weight, "data"_a.noconvert(), "dtype"_a, "shape"_a);
   nb::class_<CacheView>(m, "Cache")
-      .def("__init__", &init_cache, "keys"_a.noconvert(), "values"_a.noconvert().none());
+      .def("__init__", &init_cache, "keys"_a.noconvert(), "values"_a.noconvert());
   nb::class_<BatchView>(m, "Batch")
       .def("__init__", &init_batch, "query_start"_a.noconvert(), "seq_lens"_a.noconvert(),
            "block_tables"_a.noconvert(), "positions"_a.noconvert(), "slot_mapping"_a.noconvert(),

@@ -1,12 +1,16 @@
 // Attention operators: cutting a batch into tasks, rotation, writes into the paged cache.
 #include <algorithm>
+#include <vector>
 
 #include "ops.h"
 
 namespace xds {
 namespace {
 
-constexpr int64_t kTaskRows = 64;  // query rows wanted per task: enough to reuse a partition's keys
+constexpr int64_t kTaskRows = 64;  // query rows wanted per task: enough to reuse what is read
+constexpr int64_t kItemsPerThread = 8;  // fewer are cut along the context
+constexpr int64_t kMaxPartFloats = int64_t{1} << 23;  // memory for parts of contexts, 32 MiB
+constexpr int64_t kNoParts = -1;
 
 // Some tokens of one sequence and one kv head.
 struct Item {
@@ -15,10 +19,21 @@ struct Item {
   int64_t tokens;
   int64_t head;       // kv head
   int64_t first_row;  // of the query heads
+  int64_t heads;      // query heads
+  int64_t length;     // positions that the first token sees
+  int64_t parts;      // offset of its parts, if it is cut along the context
+
+  int64_t rows() const { return tokens * heads; }
+  int64_t partitions() const { return (length + tokens - 2) / kPartition + 1; }
 };
 
-// The query side of an attention operator; fill(token, first query head, count, row) copies the
-// query rows of one token into `row`.
+// Partitions of the context of one item: what one thread does at a time.
+struct Span {
+  int64_t item;
+  int64_t first;
+  int64_t stop;
+};
+
 struct Shape {
   int64_t num_heads;
   int64_t kv_heads;
@@ -28,7 +43,12 @@ struct Shape {
   int64_t group() const { return num_heads / kv_heads; }
 };
 
-int64_t cache_offset(const Cache& kv, int64_t slot, int64_t head) {
+const void* at_offset(const void* base, bool bf16, int64_t elements) {
+  return static_cast<const uint8_t*>(base) + elements * (bf16 ? 2 : 4);
+}
+
+// Where the row of `slot` begins in a cache of rows [blocks, heads, block_size, dim].
+int64_t row_offset(const Cache& kv, int64_t slot, int64_t head) {
   const int64_t block = slot / kv.block_size, row = slot % kv.block_size;
   return ((block * kv.heads + head) * kv.block_size + row) * kv.dim;
 }
@@ -42,8 +62,23 @@ void write_row(const Kernels& kernels, void* cache, bool bf16, int64_t offset, c
   }
 }
 
-const void* at_offset(const void* base, bool bf16, int64_t elements) {
-  return static_cast<const uint8_t*>(base) + elements * (bf16 ? 2 : 4);
+template <class T>
+void write_column(const T* column, int64_t n, int64_t stride, T* out) {
+  for (int64_t d = 0; d < n; ++d) out[d * stride] = column[d];
+}
+
+// Write a key into the transposed cache [blocks, heads, dim, block_size]; `bits` is scratch.
+void write_key(const Kernels& kernels, const Cache& kv, int64_t slot, int64_t head,
+               const float* key, uint16_t* bits) {
+  const int64_t block = slot / kv.block_size;
+  const int64_t offset =
+      (block * kv.heads + head) * kv.dim * kv.block_size + slot % kv.block_size;
+  if (kv.bf16) {
+    kernels.to_bf16_row(key, kv.dim, bits);
+    write_column(bits, kv.dim, kv.block_size, static_cast<uint16_t*>(kv.keys) + offset);
+  } else {
+    write_column(key, kv.dim, kv.block_size, static_cast<float*>(kv.keys) + offset);
+  }
 }
 
 // A group of query heads larger than this is cut: query rows do not depend on each other.
@@ -51,14 +86,16 @@ int64_t heads_per_item(int64_t group) { return std::min<int64_t>(group, kMaxAtte
 
 std::vector<Item> cut(const Batch& batch, const Shape& shape) {
   std::vector<Item> items;
-  const int64_t heads = heads_per_item(shape.group());
+  const int64_t group = shape.group(), heads = heads_per_item(group);
   const int64_t tile = std::max<int64_t>(1, kTaskRows / heads);
   for (int64_t b = 0; b < batch.sequences; ++b) {
     const int64_t stop = batch.query_start[b + 1];
     for (int64_t t = batch.query_start[b]; t < stop; t += tile) {
+      const int64_t length = batch.seq_lens[b] - (stop - t) + 1;
       for (int64_t head = 0; head < shape.kv_heads; ++head) {
-        for (int64_t row = 0; row < shape.group(); row += heads) {
-          items.push_back({b, t, std::min(tile, stop - t), head, head * shape.group() + row});
+        for (int64_t row = 0; row < group; row += heads) {
+          items.push_back({b, t, std::min(tile, stop - t), head, head * group + row,
+                           std::min(heads, group - row), length, kNoParts});
         }
       }
     }
@@ -67,14 +104,46 @@ std::vector<Item> cut(const Batch& batch, const Shape& shape) {
   return items;
 }
 
+// Items as they are, or, where there are too few for the threads, cut along the context. The parts
+// of a cut item go to parts[item.parts]; `part_count` is how many floats there are of them.
+std::vector<Span> share_out(std::vector<Item>& items, int threads, int64_t floats_per_row,
+                            int64_t& part_count) {
+  int64_t total = 0;
+  for (const Item& item : items) total += item.partitions();
+  const int64_t wanted = threads == 1 ? 1 : threads * kItemsPerThread;
+  const int64_t longest = static_cast<int64_t>(items.size()) >= wanted
+                              ? total : std::max<int64_t>(1, total / wanted);
+  std::vector<Span> spans;
+  spans.reserve(items.size());
+  part_count = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const int64_t partitions = items[i].partitions();
+    const int64_t floats = partitions * items[i].rows() * floats_per_row;
+    const bool is_cut = partitions > longest && part_count + floats <= kMaxPartFloats;
+    if (is_cut) {
+      items[i].parts = part_count;
+      part_count += floats;
+    }
+    const int64_t step = is_cut ? longest : partitions;
+    for (int64_t p = 0; p < partitions; p += step) {
+      spans.push_back({static_cast<int64_t>(i), p, std::min(p + step, partitions)});
+    }
+  }
+  return spans;
+}
+
+// One thread's view of an attention operator: rows by pointer, nothing copied.
+struct Rows {
+  const float* q[kMaxAttendRows];
+  float* out[kMaxAttendRows];
+};
+
 AttendTask make_task(const Batch& batch, const Cache& kv, const Shape& shape, const Item& item,
-                     float scale) {
+                     float scale, float* out, Rows& rows) {
   AttendTask task{};
-  const int64_t last_in_group = (item.head + 1) * shape.group();
-  task.rows_per_token = std::min(heads_per_item(shape.group()), last_in_group - item.first_row);
-  task.rows = item.tokens * task.rows_per_token;
-  task.first_length = batch.seq_lens[item.sequence] -
-                      (batch.query_start[item.sequence + 1] - item.first_token) + 1;
+  task.rows_per_token = item.heads;
+  task.rows = item.rows();
+  task.first_length = item.length;
   task.key_dim = shape.key_dim;
   task.value_dim = shape.value_dim;
   task.scale = scale;
@@ -82,39 +151,62 @@ AttendTask make_task(const Batch& batch, const Cache& kv, const Shape& shape, co
   task.keys = at_offset(kv.keys, kv.bf16, head_offset);
   if (kv.values != nullptr) task.values = at_offset(kv.values, kv.bf16, head_offset);
   task.bf16 = kv.bf16;
-  task.key_block_stride = task.value_block_stride = kv.heads * kv.block_size * kv.dim;
+  task.block_stride = kv.heads * kv.block_size * kv.dim;
   task.block_size = kv.block_size;
   task.block_table = batch.block_tables + item.sequence * batch.max_blocks;
+  for (int64_t r = 0; r < task.rows; ++r) {
+    const int64_t token = item.first_token + r / item.heads;
+    const int64_t head = item.first_row + r % item.heads;
+    rows.out[r] = out + (token * shape.num_heads + head) * shape.value_dim;
+  }
+  task.q = rows.q;
+  task.out = rows.out;
   return task;
 }
 
-// Gather the query rows of each item, attend, scatter the results to out [T, Hq, value_dim].
-template <class Fill>
+// query(token, first query head, count, rows, memory) sets `rows` to the query rows of one token;
+// it may build them in `memory`.
+template <class Query>
 void attend_all(Context& ctx, const Batch& batch, const Cache& kv, const Shape& shape, float scale,
-                Fill&& fill, float* out) {
-  const std::vector<Item> items = cut(batch, shape);
-  const int64_t rows = kMaxAttendRows;
-  const int64_t floats = rows * (shape.key_dim + shape.value_dim) +
-                         attend_scratch(rows, shape.key_dim, shape.value_dim);
+                Query&& query, float* out) {
+  std::vector<Item> items = cut(batch, shape);
+  int64_t part_count = 0;
+  const std::vector<Span> spans =
+      share_out(items, ctx.pool.size(), part_floats(shape.value_dim), part_count);
+  float* parts = part_count > 0 ? ctx.rows.get<float>(part_count) : nullptr;
+  int64_t most_rows = 0;
+  for (const Item& item : items) most_rows = std::max(most_rows, item.rows());
+  const int64_t query_floats = most_rows * shape.key_dim;
+  const int64_t floats =
+      query_floats + attend_scratch(most_rows, shape.key_dim, shape.value_dim);
   for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(floats);
+  auto prepare = [&](const Item& item, int thread, Rows& rows) {
+    AttendTask task = make_task(batch, kv, shape, item, scale, out, rows);
+    Scratch& scratch = ctx.thread_scratch[static_cast<size_t>(thread)];
+    task.scratch = scratch.get<float>(floats) + query_floats;
+    if (item.parts != kNoParts) task.parts = parts + item.parts;
+    return task;
+  };
+  ctx.pool.for_each(static_cast<int64_t>(spans.size()), [&](int64_t index, int thread) {
+    const Span& span = spans[static_cast<size_t>(index)];
+    const Item& item = items[static_cast<size_t>(span.item)];
+    Rows rows;
+    AttendTask task = prepare(item, thread, rows);
+    float* memory = task.scratch - query_floats;
+    for (int64_t i = 0; i < item.tokens; ++i) {
+      query(item.first_token + i, item.first_row, item.heads, rows.q + i * item.heads,
+            memory + i * item.heads * shape.key_dim);
+    }
+    task.first_partition = span.first;
+    task.stop_partition = span.stop;
+    ctx.kernels.attend(task);
+  });
+  if (part_count == 0) return;
   ctx.pool.for_each(static_cast<int64_t>(items.size()), [&](int64_t index, int thread) {
     const Item& item = items[static_cast<size_t>(index)];
-    AttendTask task = make_task(batch, kv, shape, item, scale);
-    float* q = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(floats);
-    float* result = q + rows * shape.key_dim;
-    const int64_t heads = task.rows_per_token;
-    for (int64_t i = 0; i < item.tokens; ++i) {
-      fill(item.first_token + i, item.first_row, heads, q + i * heads * shape.key_dim);
-    }
-    task.q = q;
-    task.out = result;
-    task.scratch = result + rows * shape.value_dim;
-    ctx.kernels.attend(task);
-    for (int64_t i = 0; i < item.tokens; ++i) {
-      const int64_t to = (item.first_token + i) * shape.num_heads + item.first_row;
-      std::copy_n(result + i * heads * shape.value_dim, heads * shape.value_dim,
-                  out + to * shape.value_dim);
-    }
+    if (item.parts == kNoParts) return;
+    Rows rows;
+    ctx.kernels.merge_parts(prepare(item, thread, rows));
   });
 }
 
@@ -124,10 +216,9 @@ void rope_kv_write(Context& ctx, const float* qkv, Rope rope, const Batch& batch
                    int64_t num_heads, HeadNorm norm, float* q) {
   const Timed timed(ctx.times, Op::kRopeKvWrite);
   const int64_t dim = kv.dim, width = (num_heads + 2 * kv.heads) * dim;
-  for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(dim);
+  for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(2 * dim);
   const Kernels& kernels = ctx.kernels;
-  ctx.pool.for_each(batch.tokens, [&](int64_t t, int thread) {
-    float* temporary = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(dim);
+  auto write_token = [&](int64_t t, float* key) {
     const float* cos_sin = rope.table + batch.positions[t] * 2 * rope.half;
     const float* row = qkv + t * width;
     auto rotate = [&](const float* x, const float* weight, float* out) {
@@ -141,12 +232,19 @@ void rope_kv_write(Context& ctx, const float* qkv, Rope rope, const Batch& batch
       rotate(row, norm.q_weight, q + (t * num_heads + h) * dim);
     }
     for (int64_t h = 0; h < kv.heads; ++h, row += dim) {
-      rotate(row, norm.k_weight, temporary);
-      write_row(kernels, kv.keys, kv.bf16, cache_offset(kv, batch.slots[t], h), temporary, dim);
+      rotate(row, norm.k_weight, key);
+      write_key(kernels, kv, batch.slots[t], h, key, reinterpret_cast<uint16_t*>(key + dim));
     }
     for (int64_t h = 0; h < kv.heads; ++h, row += dim) {
-      write_row(kernels, kv.values, kv.bf16, cache_offset(kv, batch.slots[t], h), row, dim);
+      write_row(kernels, kv.values, kv.bf16, row_offset(kv, batch.slots[t], h), row, dim);
     }
+  };
+  // Neighbours share cache lines of keys, so one thread writes several.
+  const int64_t chunk = std::clamp<int64_t>(batch.tokens / (4 * ctx.pool.size()), 1, 16);
+  ctx.pool.for_each((batch.tokens + chunk - 1) / chunk, [&](int64_t index, int thread) {
+    float* key = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(2 * dim);
+    const int64_t stop = std::min(batch.tokens, (index + 1) * chunk);
+    for (int64_t t = index * chunk; t < stop; ++t) write_token(t, key);
   });
 }
 
@@ -167,7 +265,7 @@ void mla_kv_write(Context& ctx, const float* latent, int64_t rank, const float* 
   const Timed timed(ctx.times, Op::kMlaKvWrite);
   const int64_t rope_dim = kv.dim - rank;
   for (int64_t t = 0; t < batch.tokens; ++t) {
-    const int64_t at = cache_offset(kv, batch.slots[t], 0);
+    const int64_t at = row_offset(kv, batch.slots[t], 0);
     write_row(ctx.kernels, kv.keys, kv.bf16, at, latent + t * rank, rank);
     write_row(ctx.kernels, kv.keys, kv.bf16, at + rank, k_rope + t * rope_dim, rope_dim);
   }
@@ -176,10 +274,10 @@ void mla_kv_write(Context& ctx, const float* latent, int64_t rank, const float* 
 void paged_attention(Context& ctx, const float* q, const Batch& batch, const Cache& kv,
                      int64_t num_heads, float scale, float* out) {
   const Timed timed(ctx.times, Op::kPagedAttention);
-  auto fill = [&](int64_t token, int64_t head, int64_t count, float* row) {
-    std::copy_n(q + (token * num_heads + head) * kv.dim, count * kv.dim, row);
+  auto query = [&](int64_t token, int64_t head, int64_t count, const float** rows, float*) {
+    for (int64_t i = 0; i < count; ++i) rows[i] = q + (token * num_heads + head + i) * kv.dim;
   };
-  attend_all(ctx, batch, kv, {num_heads, kv.heads, kv.dim, kv.dim}, scale, fill, out);
+  attend_all(ctx, batch, kv, {num_heads, kv.heads, kv.dim, kv.dim}, scale, query, out);
 }
 
 void mla_attention(Context& ctx, const float* q_latent, int64_t rank, const float* q_rope,
@@ -187,13 +285,15 @@ void mla_attention(Context& ctx, const float* q_latent, int64_t rank, const floa
                    float* out) {
   const Timed timed(ctx.times, Op::kMlaAttention);
   const int64_t rope_dim = kv.dim - rank;
-  auto fill = [&](int64_t token, int64_t head, int64_t count, float* row) {
-    for (int64_t h = token * num_heads + head; count > 0; ++h, --count, row += kv.dim) {
-      std::copy_n(q_latent + h * rank, rank, row);
-      std::copy_n(q_rope + h * rope_dim, rope_dim, row + rank);
+  auto query = [&](int64_t token, int64_t head, int64_t count, const float** rows, float* memory) {
+    for (int64_t i = 0; i < count; ++i, memory += kv.dim) {
+      const int64_t row = token * num_heads + head + i;
+      std::copy_n(q_latent + row * rank, rank, memory);
+      std::copy_n(q_rope + row * rope_dim, rope_dim, memory + rank);
+      rows[i] = memory;
     }
   };
-  attend_all(ctx, batch, kv, {num_heads, 1, kv.dim, rank}, scale, fill, out);
+  attend_all(ctx, batch, kv, {num_heads, 1, kv.dim, rank}, scale, query, out);
 }
 
 }  // namespace xds

@@ -30,32 +30,37 @@ struct PanelTask {
 
 // Attention of some query rows of one sequence over one head of its paged cache.
 struct AttendTask {
-  const float* q;          // [rows, key_dim]
+  const float* const* q;   // [rows] query rows of key_dim floats
+  float* const* out;       // [rows] where value_dim floats go
   int64_t rows;            // tokens * rows_per_token
   int64_t rows_per_token;  // query heads that share the kv head
   int64_t first_length;    // positions seen by the first token; each next one sees one more
   int64_t key_dim;
   int64_t value_dim;
   float scale;
-  const void* keys;        // cache at (block 0, this head, slot 0)
-  const void* values;      // null: the first value_dim entries of the key row
+  const void* keys;        // cache at (block 0, this head): [key_dim, block_size]
+  const void* values;      // [block_size, value_dim]; null: one row [key_dim] is key and value
   bool bf16;
-  int64_t key_block_stride;  // elements between blocks
-  int64_t value_block_stride;
+  int64_t block_stride;    // elements between blocks
   int64_t block_size;
   const int32_t* block_table;
-  float* out;              // [rows, value_dim]
+  int64_t first_partition;  // of the context, see kPartition
+  int64_t stop_partition;
+  float* parts;            // null: all partitions are here; else [partition, row, part_floats]
   float* scratch;          // attend_scratch() floats
 };
 
-inline constexpr int64_t kPartition = 64;      // positions of one attention partition
+inline constexpr int64_t kPartition = 256;      // positions of one attention partition
+inline constexpr int64_t kKeyTile = 64;         // positions whose scores are computed together
 inline constexpr int64_t kMaxAttendRows = 256;  // query rows of one task
+
+// One row's softmax over one partition: weighted values (padded to 16), maximum, sum.
+inline int64_t part_floats(int64_t value_dim) { return (value_dim + 15) / 16 * 16 + 16; }
 
 // Floats of scratch that a task needs.
 inline int64_t attend_scratch(int64_t rows, int64_t key_dim, int64_t value_dim) {
-  const int64_t value_pad = (value_dim + 15) / 16 * 16;
-  return key_dim * kPartition + kPartition * value_pad + rows * (kPartition + 2 * value_pad + 2) +
-         16 * ((key_dim + 15) / 16 * 16);
+  return rows * (kPartition + 2 * part_floats(value_dim)) + key_dim * kKeyTile +
+         8 * ((key_dim + 15) / 16 * 16);
 }
 
 // The largest of some entries: the lowest id that has it.
@@ -87,6 +92,8 @@ struct Kernels {
   void (*from_bf16_row)(const uint16_t* x, int64_t n, float* out);
 
   void (*attend)(const AttendTask& task);
+  // Merge the parts that tasks over all partitions left behind, and write the result.
+  void (*merge_parts)(const AttendTask& task);
 
   void (*softmax_row)(const float* x, int64_t n, float* out);
   void (*sigmoid_row)(const float* x, int64_t n, float* out);

@@ -27,6 +27,7 @@ constexpr Kernels make_table(const char* name) {
   table.to_bf16_row = to_bf16_row;
   table.from_bf16_row = from_bf16_row;
   table.attend = attend;
+  table.merge_parts = merge_parts;
   table.softmax_row = softmax_row;
   table.sigmoid_row = sigmoid_row;
   table.max_row = max_row;

@@ -51,8 +51,8 @@ struct Batch {
 };
 
 struct Cache {
-  void* keys;
-  void* values;  // null for MLA
+  void* keys;    // [blocks, heads, dim, block_size]; MLA: [blocks, 1, block_size, dim]
+  void* values;  // [blocks, heads, block_size, dim]; null for MLA
   bool bf16;
   int64_t blocks;
   int64_t heads;

@@ -70,6 +70,20 @@ inline F16 pair_even(const uint8_t* p) {
           _mm256_castsi256_ps(_mm256_slli_epi32(load_int(p + 32), 16))};
 }
 
+// 16 bf16 as float in the order that costs least here: the even ones, then the odd ones.
+inline F16 load_bf16(const uint16_t* p) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+          _mm256_castsi256_ps(_mm256_and_si256(pairs, mask))};
+}
+// Stores lanes ordered as by load_bf16 in their natural order.
+inline void store_bf16_lanes(float* p, F16 a) {
+  const __m256 low = _mm256_unpacklo_ps(a.lo, a.hi), high = _mm256_unpackhi_ps(a.lo, a.hi);
+  _mm256_storeu_ps(p, _mm256_permute2f128_ps(low, high, 0x20));
+  _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
+
 inline I16 int_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // |a| * sign(w, a) = a * w; pairs stay below 2 * 127 * 127 < 2^15, so nothing saturates.
 inline __m256i dot4_8(__m256i acc, __m256i a, __m256i w) {
@@ -90,6 +104,7 @@ constexpr bool kS8Offset = false;
 constexpr int kFloatRows = 6;  // 12 accumulators of 16 registers
 constexpr int kBf16Rows = 5;   // one more register for the mask
 constexpr int kInt8Rows = 4;   // and for |a| and the ones
+constexpr int kDoubleRows = 3;  // attention tiles of up to this many rows take two vectors
 constexpr int kTileVecs = 1;
 constexpr int kWideRows = 2;
 constexpr int kFewRows = 12;

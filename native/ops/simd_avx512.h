@@ -55,6 +55,13 @@ inline F16 dot2(F16 acc, const uint8_t* a, const uint8_t* b) {
                            reinterpret_cast<__m512bh>(load_int(b)))};
 }
 
+// 16 bf16 as float, in an order that store_bf16_lanes undoes.
+inline F16 load_bf16(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline void store_bf16_lanes(float* p, F16 a) { store(p, a); }
+
 inline I16 int_zero() { return {_mm512_setzero_si512()}; }
 // The activation bytes are unsigned (value + 128), the weights signed; wraps, never saturates.
 inline I16 dot4(I16 acc, const uint8_t* a, const uint8_t* b) {
@@ -71,6 +78,7 @@ constexpr bool kS8Offset = true;
 constexpr int kFloatRows = 12;  // 24 accumulators of 32 registers
 constexpr int kBf16Rows = 12;
 constexpr int kInt8Rows = 12;
+constexpr int kDoubleRows = 12;
 constexpr int kTileVecs = 2;
 constexpr int kWideRows = 12;
 constexpr int kFewRows = 0;

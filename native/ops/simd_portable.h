@@ -115,6 +115,14 @@ inline F16 pair_even(const uint8_t* p) {
   return r;
 }
 
+// 16 bf16 as float, in an order that store_bf16_lanes undoes.
+inline F16 load_bf16(const uint16_t* p) {
+  F16 r;
+  XDS_LANES r.v[i] = from_bf16(p[i]);
+  return r;
+}
+inline void store_bf16_lanes(float* p, const F16& a) { store(p, a); }
+
 inline I16 int_zero() { return I16{}; }
 // acc + the dot product of each lane's four bytes with the four activation bytes.
 inline I16 dot4(I16 acc, const uint8_t* a, const uint8_t* b) {
@@ -145,6 +153,7 @@ constexpr bool kS8Offset = false;
 constexpr int kFloatRows = 4;  // rows of a register tile of a float32 GEMM
 constexpr int kBf16Rows = 4;
 constexpr int kInt8Rows = 4;
+constexpr int kDoubleRows = 0;
 constexpr int kTileVecs = 1;  // 16-column vectors of a register tile
 constexpr int kWideRows = 1;  // tiles of up to this many rows take both vectors of a panel
 constexpr int kFewRows = 0;   // GEMMs of up to this many rows use wide tiles only

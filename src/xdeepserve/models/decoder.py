@@ -68,13 +68,13 @@ class Model:
     def new_kv(self, num_blocks: int, block_size: int) -> list[KVLayer]:
         """Zeroed cache of every layer, see `huge_zeros`: committed when it is first written."""
         heads, dim = self.spec.attention.kv_heads_and_dim
-        shape = (num_blocks, heads, block_size, dim)
 
-        def array() -> Array:
-            return huge_zeros(shape, self.kv_dtype)
+        def array(*shape: int) -> Array:
+            return huge_zeros((num_blocks, heads, *shape), self.kv_dtype)
 
-        has_values = self.spec.attention.num_kv_arrays == 2
-        return [KVLayer(array(), array() if has_values else None) for _ in self.layers]
+        if self.spec.attention.num_kv_arrays == 1:
+            return [KVLayer(array(block_size, dim), None) for _ in self.layers]
+        return [KVLayer(array(dim, block_size), array(block_size, dim)) for _ in self.layers]
 
 
 def layer_steps(

@@ -38,6 +38,7 @@ try:
         gate_numbers,
         layer_view,
         shape_of,
+        values_of,
         weight_view,
     )
 except ImportError as exc:
@@ -142,14 +143,15 @@ class CpuOps:
         num_heads: int,
         norm: QKNorm | None = None,
     ) -> F32:
-        q = np.empty((qkv.shape[0], num_heads, kv.k.shape[3]), np.float32)
+        values = values_of(kv)
+        q = np.empty((qkv.shape[0], num_heads, values.shape[3]), np.float32)
         self.native.rope_kv_write(
             qkv,
             rope,
             batch.positions,
             batch.slot_mapping,
             kv.k,
-            _values(kv),
+            values,
             norm.q_weight if norm else None,
             norm.k_weight if norm else None,
             norm.eps if norm else 0.0,
@@ -160,7 +162,14 @@ class CpuOps:
     def paged_attention(self, q: F32, batch: AttentionBatch, kv: KVLayer, *, scale: float) -> F32:
         out = np.empty_like(q)
         self.native.paged_attention(
-            q, batch.query_start, batch.seq_lens, batch.block_tables, kv.k, _values(kv), scale, out
+            q,
+            batch.query_start,
+            batch.seq_lens,
+            batch.block_tables,
+            kv.k,
+            values_of(kv),
+            scale,
+            out,
         )
         return out
 
@@ -293,12 +302,6 @@ def default_num_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _values(kv: KVLayer) -> Array:
-    if kv.v is None:
-        raise ValueError("this operator needs a value cache; latent caches go with mla_attention")
-    return kv.v
 
 
 def _aligned_bytes(size: int) -> U8:

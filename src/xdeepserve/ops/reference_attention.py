@@ -52,12 +52,12 @@ def rope_kv_write(
     """See `Ops.rope_kv_write`."""
     if kv.v is None:
         raise ValueError("rope_kv_write needs a value cache; use mla_kv_write for latent caches")
-    num_kv_heads, dim = kv.k.shape[1], kv.k.shape[3]
+    num_kv_heads, dim = kv.v.shape[1], kv.v.shape[3]
     heads = qkv.reshape(qkv.shape[0], num_heads + 2 * num_kv_heads, dim)
     q, k, v = np.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
     if norm is not None:
         q, k = rms_norm(q, norm.q_weight, norm.eps), rms_norm(k, norm.k_weight, norm.eps)
-    write_rows(kv.k, batch.slot_mapping, rotate(k, rope, batch.positions))
+    write_rows(kv.k.swapaxes(2, 3), batch.slot_mapping, rotate(k, rope, batch.positions))
     write_rows(kv.v, batch.slot_mapping, v)
     return rotate(q, rope, batch.positions)
 
@@ -69,7 +69,7 @@ def paged_attention(q: F32, batch: AttentionBatch, kv: KVLayer, *, scale: float)
     out = np.empty_like(q)
     group = q.shape[1] // kv.k.shape[1]
     for b in range(batch.seq_lens.size):
-        keys, values = _context(kv.k, batch, b), _context(kv.v, batch, b)
+        keys, values = _context(kv.k.swapaxes(2, 3), batch, b), _context(kv.v, batch, b)
         for t, length in _rows(batch, b):
             for h in range(q.shape[1]):
                 head = h // group

@@ -73,9 +73,12 @@ class KVLayer:
     """Paged cache of one layer; slot s lives in block s // block_size at s % block_size.
 
     Attributes:
-        k: [num_blocks, num_kv_heads, block_size, D] float32, or uint16 holding bfloat16 bits.
-            For MLA: one head whose row is the normed latent followed by the rotated rope key.
-        v: like k; None for MLA, where values are read from the latent.
+        k: [num_blocks, num_kv_heads, D, block_size] float32, or uint16 holding bfloat16 bits: the
+            keys of a block lie transposed, so that scores are read as they are multiplied.
+            For MLA: [num_blocks, 1, block_size, D] rows, each the normed latent followed by the
+            rotated rope key.
+        v: [num_blocks, num_kv_heads, block_size, D], dtype of k; None for MLA, where values are
+            read from the latent.
         native: the backend's own form of it, made at its first use.
     """
 
@@ -85,7 +88,7 @@ class KVLayer:
 
     @property
     def block_size(self) -> int:
-        return int(self.k.shape[2])
+        return int((self.k if self.v is None else self.v).shape[2])
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,10 @@ def make_paged(
         positions=np.array(positions, np.int32),
         slot_mapping=np.array(slots, np.int32),
     )
-    return Paged(batch, KVLayer(_stored(keys, dtype), None if latent else _stored(values, dtype)))
+    if latent:
+        return Paged(batch, KVLayer(_stored(keys, dtype), None))
+    transposed = np.ascontiguousarray(keys.swapaxes(2, 3))
+    return Paged(batch, KVLayer(_stored(transposed, dtype), _stored(values, dtype)))
 
 
 def _stored(values: F32, dtype: type) -> Array:

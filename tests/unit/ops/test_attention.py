@@ -12,7 +12,7 @@ from xdeepserve.ops import AttentionBatch, KVLayer, QKNorm
 from xdeepserve.ops.cpu import CpuOps
 from xdeepserve.ops.reference import ReferenceOps
 
-LENGTHS = [(1, 1), (3, 20), (1, 64), (1, 65), (40, 40), (0, 9), (17, 150), (1, 300)]
+LENGTHS = [(1, 1), (3, 20), (1, 64), (1, 65), (40, 40), (0, 9), (17, 150), (1, 300), (5, 600)]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
@@ -73,8 +73,8 @@ def test_future_positions_of_the_same_sequence_do_not_leak(
     q = normal(rng, 30, 2, 16)
     before = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.25)
     assert paged.kv.v is not None
-    for cache in (paged.kv.k, paged.kv.v):
-        cache.reshape(-1, 1, 16, 16)[paged.batch.block_tables[0, 5], :, 9] = np.nan  # position 89
+    block = paged.batch.block_tables[0, 5]
+    paged.kv.k[block, :, :, 9] = paged.kv.v[block, :, 9] = np.nan  # position 89
     after = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.25)
     np.testing.assert_array_equal(after[:29], before[:29])
     assert np.isnan(after[29]).all()
@@ -98,7 +98,7 @@ def _fill(paged: Paged, rng: np.random.Generator, *, block_size: int, length: in
     assert paged.kv.v is not None
     for position in range(length):
         block, row = paged.batch.block_tables[0, position // block_size], position % block_size
-        paged.kv.k[block, :, row] = normal(rng, 2, 20)
+        paged.kv.k[block, :, :, row] = normal(rng, 2, 20)
         paged.kv.v[block, :, row] = normal(rng, 2, 20)
 
 
