@@ -36,6 +36,11 @@ MAX_THREADS = 1024
 MAX_MICROBATCHES = 4
 """More are more exchanges under way than a pair of ranks has slots for."""
 
+SPECULATIONS = ("off", "ngram")
+
+MAX_SPECULATIVE_TOKENS = 16
+"""More than that in a row are hardly ever accepted."""
+
 DTYPES = ("auto", "float32", "bf16", "int8")
 
 
@@ -83,6 +88,11 @@ class EngineConfig:
     share_experts: bool = option(
         True, "Compute some experts while expert workers would be waited for, by measured waits."
     )
+    speculation: str = option(
+        "off",
+        "Drafts checked beside each token where it pays: off or ngram (from repetitions).",
+    )
+    num_speculative_tokens: int = option(4, "Most drafts of a request in one step.")
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -95,6 +105,15 @@ class EngineConfig:
             f"num_microbatches={self.num_microbatches} must be between 0 and {MAX_MICROBATCHES}",
         )
         _require(self.num_kv_blocks >= 0, f"num_kv_blocks={self.num_kv_blocks} must be >= 0")
+        _require(
+            self.speculation in SPECULATIONS,
+            f"speculation={self.speculation!r} must be one of {', '.join(SPECULATIONS)}",
+        )
+        _require(
+            1 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS,
+            f"num_speculative_tokens={self.num_speculative_tokens} must be between 1 and "
+            f"{MAX_SPECULATIVE_TOKENS}",
+        )
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "

@@ -156,6 +156,9 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A snapshot of one DP group: queues, KV use, and counters since start.
 
     `num_reserved_blocks` are KV blocks that accepted requests which hold none yet will need.
+    Speculation: `num_drafts` counts sequences of drafts that were checked, `num_draft_tokens` the
+    ids in them, `num_accepted_tokens` those that became output, and `accepted_per_position` the
+    same by their place in the sequence of drafts.
     """
 
     num_running: int
@@ -169,6 +172,10 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_generated_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()
 
     @property
     def kv_usage(self) -> float:

@@ -11,7 +11,9 @@ from xdeepserve.errors import ConfigError
 from xdeepserve.flowserve.dp_group import DEFAULT_NAME, DPGroup
 from xdeepserve.flowserve.engine_client import InProcClient
 from xdeepserve.flowserve.executor import InProcExecutor
+from xdeepserve.flowserve.ngram_proposer import NgramProposer
 from xdeepserve.flowserve.scheduler import Scheduler
+from xdeepserve.flowserve.speculator import Speculator
 from xdeepserve.messages import EngineInfo
 from xdeepserve.models.decoder import Model
 from xdeepserve.rtc import KVCacheManager
@@ -97,6 +99,7 @@ def build_dp_group(
         kv=kv,
         max_model_len=info.max_model_len,
         eos_token_ids=info.eos_token_ids,
+        speculator=_speculator(config),
     )
     return DPGroup(
         info=info,
@@ -107,6 +110,12 @@ def build_dp_group(
         stage_times=times,
         name=name,
     )
+
+
+def _speculator(config: EngineConfig) -> Speculator | None:
+    if config.speculation == "off":
+        return None
+    return Speculator(NgramProposer(), num_speculative_tokens=config.num_speculative_tokens)
 
 
 def engine_info(model: Model, model_name: str, config: EngineConfig) -> EngineInfo:

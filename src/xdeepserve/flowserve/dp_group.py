@@ -170,6 +170,7 @@ class DPGroup:
 
     def step(self) -> list[TokenOutput]:
         """One step: decide, compute, commit. Called by the loop (and by tests that have none)."""
+        begun_s = self._clock.monotonic()
         with self._times.measure(Stage.SCHEDULE):
             self._drain_inbox()
             plan = self._plan = self._scheduler.schedule()
@@ -180,6 +181,7 @@ class DPGroup:
             with self._times.measure(Stage.UPDATE):
                 self._drain_inbox()
                 self._outputs += self._scheduler.update(plan, result)
+                self._scheduler.record_duration(plan, self._clock.monotonic() - begun_s)
                 self._load = self._scheduler.load_report()
         self._last_progress_s = self._clock.monotonic()
         return self._take_outputs()
@@ -276,7 +278,7 @@ def _describe(plan: StepPlan | None) -> str:
     if plan is None:
         return "none"
     rows = (
-        f"{item.request_id}[{item.num_computed_tokens}+{item.num_scheduled_tokens}"
+        f"{item.request_id}[{item.num_computed_tokens}+{item.num_rows}"
         f"/{len(item.token_ids)}] blocks={item.block_ids.tolist()}"
         for item in plan.scheduled
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,8 +11,13 @@ import numpy as np
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.flowserve.input_batch import build_forward_batch, split_microbatches
 from xdeepserve.flowserve.microbatch_tuner import MicrobatchTuner
-from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
-from xdeepserve.messages import SamplingParams
+from xdeepserve.flowserve.step import (
+    ScheduledRequest,
+    StepPlan,
+    StepResult,
+    num_confirmed,
+)
+from xdeepserve.messages import SamplingParams, TokenLogprobs
 from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.models.decoder import Model
 from xdeepserve.models.sampler import HeadOrder, Sampler, SampleResult, SampleRow
@@ -102,7 +107,7 @@ class InProcExecutor:
     def execute(self, *, plan: StepPlan) -> StepResult:
         """See Executor.execute."""
         batches, hidden_states = self._run(plan)
-        rows = [_sample_row(item) for item in plan.scheduled if item.samples]
+        rows = [row for item in plan.scheduled if item.samples for row in _sample_rows(item)]
         if not rows:
             nothing = len(plan.scheduled)
             return StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
@@ -146,23 +151,36 @@ class InProcExecutor:
         self._transport.close()
 
 
-def _sample_row(item: ScheduledRequest) -> SampleRow:
+def _sample_rows(item: ScheduledRequest) -> Iterator[SampleRow]:
+    """The row behind the last token and behind each draft, each with its own history."""
     # Views, not copies: they are gone before the scheduler appends to the array.
     token_ids = np.frombuffer(item.token_ids, np.int32)
-    return SampleRow(
-        params=item.params,
-        prompt_token_ids=token_ids[: item.num_prompt_tokens],
-        output_token_ids=token_ids[item.num_prompt_tokens :],
-        position=len(token_ids),
-    )
+    num_known = len(token_ids)
+    if item.draft_token_ids:
+        token_ids = np.concatenate([token_ids, np.array(item.draft_token_ids, np.int32)])
+    for position in range(num_known, len(token_ids) + 1):
+        yield SampleRow(
+            params=item.params,
+            prompt_token_ids=token_ids[: item.num_prompt_tokens],
+            output_token_ids=token_ids[item.num_prompt_tokens : position],
+            position=position,
+        )
 
 
 def _result(scheduled: Sequence[ScheduledRequest], sampled: SampleResult) -> StepResult:
-    """Spread the sampled rows over the plan."""
-    rows = iter(zip(sampled.token_ids, sampled.logprobs, strict=True))
-    token_ids, logprobs = [], []
+    """Spread the sampled rows over the plan, as far as each request's drafts are confirmed."""
+    token_ids: list[tuple[int, ...]] = []
+    logprobs: list[tuple[TokenLogprobs, ...] | None] = []
+    stop = 0
     for item in scheduled:
-        token_id, logprob = next(rows) if item.samples else (None, None)
-        token_ids.append(() if token_id is None else (token_id,))
-        logprobs.append(None if logprob is None else (logprob,))
+        if not item.samples:
+            token_ids.append(())
+            logprobs.append(None)
+            continue
+        start, stop = stop, stop + 1 + len(item.draft_token_ids)
+        ids = sampled.token_ids[start:stop]
+        num_new = 1 + num_confirmed(item.draft_token_ids, ids)
+        token_ids.append(tuple(ids[:num_new]))
+        rows = [row for row in sampled.logprobs[start : start + num_new] if row is not None]
+        logprobs.append(tuple(rows) if rows else None)
     return StepResult(token_ids=tuple(token_ids), logprobs=tuple(logprobs))

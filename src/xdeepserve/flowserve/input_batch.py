@@ -24,7 +24,7 @@ def build_forward_batch(scheduled: Sequence[ScheduledRequest], block_size: int) 
     """
     num_rows = len(scheduled)
     starts = np.fromiter((s.num_computed_tokens for s in scheduled), np.int32, num_rows)
-    counts = np.fromiter((s.num_scheduled_tokens for s in scheduled), np.int32, num_rows)
+    counts = np.fromiter((s.num_rows for s in scheduled), np.int32, num_rows)
     query_start = np.zeros(num_rows + 1, np.int32)
     np.cumsum(counts, out=query_start[1:])
     seq_lens = starts + counts
@@ -34,11 +34,10 @@ def build_forward_batch(scheduled: Sequence[ScheduledRequest], block_size: int) 
     block_tables = _block_tables(scheduled, seq_lens, block_size)
     block_idx, offset = np.divmod(positions, np.int32(block_size))
     slot_mapping = block_tables[row_of_token, block_idx] * np.int32(block_size) + offset
-    samples = np.fromiter((s.samples for s in scheduled), np.bool_, num_rows)
     return ForwardBatch(
         token_ids=_token_ids(scheduled, query_start),
         attention=AttentionBatch(query_start, seq_lens, block_tables, positions, slot_mapping),
-        logits_rows=query_start[1:][samples] - np.int32(1),
+        logits_rows=_logits_rows(scheduled, query_start[1:]),
     )
 
 
@@ -56,7 +55,24 @@ def _token_ids(scheduled: Sequence[ScheduledRequest], query_start: I32) -> I32:
         known = np.frombuffer(item.token_ids, np.int32)
         first = item.num_computed_tokens
         token_ids[start:stop] = known[first : first + item.num_scheduled_tokens]
+        start, stop = stop, stop + len(item.draft_token_ids)
+        token_ids[start:stop] = item.draft_token_ids
     return token_ids
+
+
+def _logits_rows(scheduled: Sequence[ScheduledRequest], ends: I32) -> I32:
+    """Of each request that samples its last token's row and those of its drafts.
+
+    Args:
+        scheduled: B requests.
+        ends: [B] row behind the last one of each.
+    """
+    wanted = (1 + len(s.draft_token_ids) if s.samples else 0 for s in scheduled)
+    counts = np.fromiter(wanted, np.int32, len(scheduled))
+    # Row r of the result belongs to the request whose rows end at ends[b].
+    rows: I32 = np.repeat(ends - np.cumsum(counts, dtype=np.int32), counts)
+    rows += np.arange(len(rows), dtype=np.int32)
+    return rows
 
 
 def _block_tables(scheduled: Sequence[ScheduledRequest], seq_lens: I32, block_size: int) -> I32:
@@ -74,7 +90,7 @@ def split_microbatches(
     """At most `count` consecutive non-empty parts with about equally many tokens each."""
     if count <= 1 or len(scheduled) <= 1:
         return [scheduled]
-    ends = np.cumsum([s.num_scheduled_tokens for s in scheduled])
+    ends = np.cumsum([s.num_rows for s in scheduled])
     goals = ends[-1] * np.arange(1, count) / count
     cuts = np.abs(ends[:-1, None] - goals).argmin(axis=0) + 1
     borders = [0, *sorted(set(cuts.tolist())), len(scheduled)]

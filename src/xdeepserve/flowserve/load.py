@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 
 import msgspec
 
@@ -14,8 +15,12 @@ NO_LOAD = LoadReport(num_running=0, num_waiting=0, num_free_blocks=0, num_total_
 def total_load(reports: Iterable[LoadReport]) -> LoadReport:
     """The sum, field by field."""
     rows = list(reports)
-    names = LoadReport.__struct_fields__
-    return LoadReport(**{name: sum(getattr(row, name) for row in rows) for name in names})
+    names = [name for name in LoadReport.__struct_fields__ if name != "accepted_per_position"]
+    by_position = zip_longest(*(row.accepted_per_position for row in rows), fillvalue=0)
+    return LoadReport(
+        accepted_per_position=tuple(map(sum, by_position)),
+        **{name: sum(getattr(row, name) for row in rows) for name in names},
+    )
 
 
 def counters_of(report: LoadReport) -> LoadReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from array import array
 
+from xdeepserve.flowserve.speculator import DraftRecord
 from xdeepserve.flowserve.step import ScheduledRequest
 from xdeepserve.messages import (
     FinishReason,
@@ -37,11 +38,13 @@ class Request:
         num_computed_tokens: leading tokens whose KV is in `blocks`.
         num_cached_tokens: prompt tokens served by the prefix cache when it first ran; None before.
         blocks: KV blocks held; empty unless running.
+        drafts: what its drafts came to; changed by the speculator alone.
         status: see RequestStatus.
     """
 
     __slots__ = (
         "blocks",
+        "drafts",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -62,6 +65,7 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.blocks = blocks
+        self.drafts = DraftRecord()
         self.status = RequestStatus.WAITING
 
     @property

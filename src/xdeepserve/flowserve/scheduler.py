@@ -10,12 +10,13 @@ decoding are that one rule. Pure Python over ints: no arrays, no clock, no threa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xdeepserve.config import EngineConfig
 from xdeepserve.errors import ConfigError, IntegrityError, RequestError
 from xdeepserve.flowserve.request import Request, RequestStatus
 from xdeepserve.flowserve.request_queue import RequestQueue
+from xdeepserve.flowserve.speculator import Speculator
 from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
 from xdeepserve.messages import (
     FinishReason,
@@ -36,6 +37,18 @@ class _Counters:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     prefix_hits: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_per_position: list[int] = field(default_factory=list)
+
+    def count_drafts(self, *, num_drafts: int, num_accepted: int) -> None:
+        """Count one request's drafts of one step."""
+        accepted = self.accepted_per_position
+        accepted += [0] * (num_drafts - len(accepted))
+        for position in range(num_accepted):
+            accepted[position] += 1
+        self.drafts += 1
+        self.draft_tokens += num_drafts
 
 
 class Scheduler:
@@ -53,6 +66,7 @@ class Scheduler:
         kv: KVCacheManager,
         max_model_len: int,
         eos_token_ids: Sequence[int],
+        speculator: Speculator | None = None,
     ) -> None:
         """Make an empty scheduler.
 
@@ -61,6 +75,7 @@ class Scheduler:
             kv: block ownership; used by this scheduler alone.
             max_model_len: longest prompt + output of a request.
             eos_token_ids: the model's end-of-sequence ids.
+            speculator: source of drafts; used by this scheduler alone. None = no speculation.
 
         Raises:
             ConfigError: one request of max_model_len could never fit into the pool.
@@ -75,6 +90,7 @@ class Scheduler:
         self._kv = kv
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._speculator = speculator
         self._requests: dict[str, Request] = {}
         self._running = RequestQueue()
         self._waiting = RequestQueue()
@@ -168,10 +184,12 @@ class Scheduler:
         budget = self._schedule_running(scheduled, self._config.max_num_batched_tokens)
         if self._counters.preemptions == num_preemptions:
             budget = self._admit_waiting(scheduled, budget)
+        num_tokens = self._config.max_num_batched_tokens - budget
+        # A step that also prefills is bound by computing; drafts would only make it longer.
+        if num_tokens == len(scheduled):
+            num_tokens += self._add_drafts(scheduled, budget)
         plan = StepPlan(
-            step_idx=self._counters.steps,
-            scheduled=tuple(scheduled),
-            num_tokens=self._config.max_num_batched_tokens - budget,
+            step_idx=self._counters.steps, scheduled=tuple(scheduled), num_tokens=num_tokens
         )
         if plan.is_empty and self._requests:
             raise IntegrityError(f"none of {len(self._requests)} requests can run")
@@ -215,6 +233,40 @@ class Scheduler:
             scheduled.append(request.share_of_step(num_tokens))
             budget -= num_tokens
         return budget
+
+    def _add_drafts(self, scheduled: list[ScheduledRequest], budget: int) -> int:
+        """Spend what is left of a decode step's budget on drafts; returns their number.
+
+        They take blocks that are free, one per running request left over, and never preempt.
+        """
+        speculator = self._speculator
+        if speculator is None or not scheduled:
+            return 0
+        if not speculator.begin_step(num_seqs=len(scheduled)):
+            return 0
+        total = 0
+        for idx, item in enumerate(scheduled):
+            request = self._requests[item.request_id]
+            limit = min(budget - total, self._num_draftable(request)) if item.samples else 0
+            drafts = speculator.propose(request.drafts, request.token_ids, limit=limit)
+            if drafts:
+                drafts = drafts[: self._make_draft_room(request, len(drafts))]
+                scheduled[idx] = item._replace(draft_token_ids=drafts)
+                total += len(drafts)
+        return total
+
+    def _num_draftable(self, request: Request) -> int:
+        """Drafts that could become output, with one more id behind them."""
+        if request.num_output_tokens == 0:
+            return 0
+        num_left = request.params.max_tokens - request.num_output_tokens
+        return min(num_left, self._max_model_len - request.num_tokens) - 1
+
+    def _make_draft_room(self, request: Request, num_drafts: int) -> int:
+        """Get blocks for drafts if they are free; returns how many drafts the blocks hold."""
+        num_tokens = request.num_tokens + num_drafts
+        self._kv.allocate(request.blocks, num_tokens=num_tokens, num_reserved=len(self._running))
+        return min(num_drafts, len(request.blocks) * self._kv.block_size - request.num_tokens)
 
     def _start(self, request: Request) -> bool:
         """Move a waiting request to the running queue if its blocks are there.
@@ -264,23 +316,38 @@ class Scheduler:
             request = self._requests.get(item.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            self._commit(request, item, token_ids)
+            _check_result(item, token_ids)
+            request.num_computed_tokens += item.num_scheduled_tokens
             if token_ids:
                 output = self._append(request, token_ids, logprobs)
                 outputs.append(output)
+                self._accept(request, item, num_accepted=len(output.token_ids) - 1)
                 if output.finish_reason is not None:
                     finished.append(request)
+            self._kv.commit(
+                request.blocks, request.token_ids, num_computed=request.num_computed_tokens
+            )
         self._finish(finished)
         return outputs
 
-    def _commit(self, request: Request, item: ScheduledRequest, token_ids: tuple[int, ...]) -> None:
-        """Count the computed tokens and publish the blocks they fill."""
-        if bool(token_ids) != item.samples:
-            raise IntegrityError(
-                f"request {item.request_id}: {len(token_ids)} ids, samples={item.samples}"
+    def _accept(self, request: Request, item: ScheduledRequest, *, num_accepted: int) -> None:
+        """Count drafts that became output as computed; what the others wrote is overwritten."""
+        num_drafts = len(item.draft_token_ids)
+        if num_drafts == 0 or self._speculator is None:
+            return
+        request.num_computed_tokens += num_accepted
+        self._counters.count_drafts(num_drafts=num_drafts, num_accepted=num_accepted)
+        self._speculator.record_drafts(
+            request.drafts, num_drafts=num_drafts, num_accepted=num_accepted
+        )
+
+    def record_duration(self, plan: StepPlan, duration_s: float) -> None:
+        """A step took so long from `schedule` to `update`; decides whether drafts pay."""
+        num_seqs, num_drafts = len(plan.scheduled), plan.num_drafts
+        if self._speculator is not None and plan.num_tokens == num_seqs + num_drafts:
+            self._speculator.record_step(
+                num_seqs=num_seqs, num_drafts=num_drafts, duration_s=duration_s
             )
-        request.num_computed_tokens += item.num_scheduled_tokens
-        self._kv.commit(request.blocks, request.token_ids, num_computed=request.num_computed_tokens)
 
     def _append(
         self,
@@ -350,6 +417,10 @@ class Scheduler:
             num_generated_tokens=counters.generated_tokens,
             prefix_cache_queries=counters.prompt_tokens,
             prefix_cache_hits=counters.prefix_hits,
+            num_drafts=counters.drafts,
+            num_draft_tokens=counters.draft_tokens,
+            num_accepted_tokens=sum(counters.accepted_per_position),
+            accepted_per_position=tuple(counters.accepted_per_position),
         )
 
     def check_integrity(self) -> None:
@@ -375,3 +446,17 @@ class Scheduler:
                 f"{self._num_reserved_blocks} are reserved"
             )
         self._kv.check_integrity(r.blocks for r in queued)
+
+
+def _check_result(item: ScheduledRequest, token_ids: tuple[int, ...]) -> None:
+    """A sampling request gets one id and at most one more per draft, any other none.
+
+    Raises:
+        IntegrityError: it is not so.
+    """
+    most = 1 + len(item.draft_token_ids) if item.samples else 0
+    if not min(most, 1) <= len(token_ids) <= most:
+        raise IntegrityError(
+            f"request {item.request_id}: {len(token_ids)} ids, samples={item.samples}, "
+            f"{len(item.draft_token_ids)} drafts"
+        )

@@ -7,7 +7,9 @@ changes it; a plan is valid until the scheduler is called again.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 from xdeepserve.messages import SamplingParams, TokenLogprobs
@@ -35,6 +37,14 @@ class ScheduledRequest(NamedTuple):
     block_ids: array[int]
     # Whether this step reaches the end of `token_ids`, so that a token is sampled.
     samples: bool
+    # Guesses at what follows `token_ids`, computed behind them; each is kept iff the id sampled at
+    # its position is the same. Empty unless the request samples.
+    draft_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens computed, drafts included."""
+        return self.num_scheduled_tokens + len(self.draft_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +55,7 @@ class StepPlan:
     step_idx: int
     # Requests that get tokens, in order of service; each request at most once.
     scheduled: tuple[ScheduledRequest, ...]
-    # Sum of num_scheduled_tokens; 0 for the empty plan.
+    # Sum of num_rows; 0 for the empty plan.
     num_tokens: int
 
     @property
@@ -53,13 +63,24 @@ class StepPlan:
         """Whether there is nothing to compute."""
         return not self.scheduled
 
+    @property
+    def num_drafts(self) -> int:
+        """Drafts that the step checks."""
+        return sum(len(item.draft_token_ids) for item in self.scheduled)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What one step produced, aligned with StepPlan.scheduled."""
 
-    # New ids per request, in order; empty where the request does not sample yet. More than one id
-    # when several were accepted at once (speculative decoding).
+    # New ids per request, in order; empty where the request does not sample yet. The longest prefix
+    # of its drafts that sampling confirms, then the id sampled behind it.
     token_ids: tuple[tuple[int, ...], ...]
     # One entry per new id where the request asked for logprobs, else None.
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...]
+
+
+def num_confirmed(draft_token_ids: Sequence[int], sampled_token_ids: Sequence[int]) -> int:
+    """Length of the longest prefix of the drafts that equals what was sampled in its places."""
+    pairs = zip(draft_token_ids, sampled_token_ids, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -73,6 +73,10 @@ class ChoiceText:
 
     A token's logprobs come out once its text does; those of tokens that only hold the stop string
     or what follows it never do, nor those of the EOS or stop token.
+
+    Attributes:
+        num_unread: ids behind the one that completed a stop string, in the same output. They are
+            nobody's: without speculation they would not have been made.
     """
 
     def __init__(self, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
@@ -87,6 +91,7 @@ class ChoiceText:
         self._num_decoded = 0
         self._num_emitted = 0
         self._pending: deque[TokenEntry] = deque()
+        self.num_unread = 0
 
     @property
     def is_stopped(self) -> bool:
@@ -102,6 +107,7 @@ class ChoiceText:
         finish: str | None = None
         if self.is_stopped:
             finish = FinishReason.STOP.value
+            self.num_unread += len(output.token_ids) - len(token_ids)
         elif output.finish_reason is not None:
             text += self._finish()
             finish = FinishReason.STOP.value if self.is_stopped else output.finish_reason.value
@@ -121,6 +127,7 @@ class ChoiceText:
             emitted.append(self._match(piece))
             self._num_unstoppable -= 1
             if self.is_stopped:
+                self.num_unread = len(token_ids) - i - 1
                 break
         return "".join(emitted)
 

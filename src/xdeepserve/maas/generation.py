@@ -177,7 +177,11 @@ class Generation:
         self._usages[index] = output.usage
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise _engine_error(output)
-        delta = self._texts[index].feed(output)
+        text = self._texts[index]
+        delta = text.feed(output)
+        if text.num_unread:
+            num_read = output.usage.num_output_tokens - text.num_unread
+            self._usages[index] = msgspec.structs.replace(output.usage, num_output_tokens=num_read)
         if not delta.is_empty:
             self._pending.setdefault(index, []).append(delta)
             self._news.set()

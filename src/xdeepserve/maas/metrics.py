@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xdeepserve.engine_api import EngineClient
-from xdeepserve.messages import Usage
+from xdeepserve.messages import LoadReport, Usage
 from xdeepserve.telemetry import RequestTimeline
 
 PREFIX = "xdeepserve:"
@@ -52,6 +52,12 @@ class EngineCollector(Collector):
             "prompt_tokens": ("Prompt tokens processed.", load.num_prompt_tokens),
             "generation_tokens": ("Tokens generated.", load.num_generated_tokens),
             "engine_steps": ("Engine steps.", load.num_steps),
+            "spec_decode_num_drafts": ("Sequences of drafts checked.", load.num_drafts),
+            "spec_decode_num_draft_tokens": ("Draft tokens checked.", load.num_draft_tokens),
+            "spec_decode_num_accepted_tokens": (
+                "Draft tokens that became output.",
+                load.num_accepted_tokens,
+            ),
         }
         for name, (doc, value) in gauges.items():
             gauge = GaugeMetricFamily(PREFIX + name, doc, labels=[LABEL])
@@ -61,6 +67,17 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(PREFIX + name, doc, labels=[LABEL])
             counter.add_metric([self._model_name], count)
             yield counter
+        yield self._accepted_per_position(load)
+
+    def _accepted_per_position(self, load: LoadReport) -> Metric:
+        counter = CounterMetricFamily(
+            PREFIX + "spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens that became output, by their place among the drafts.",
+            labels=[LABEL, "position"],
+        )
+        for position, count in enumerate(load.accepted_per_position):
+            counter.add_metric([self._model_name, str(position)], count)
+        return counter
 
 
 class GatewayMetrics:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
-from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult
+from xdeepserve.flowserve.step import ScheduledRequest, StepPlan, StepResult, num_confirmed
 from xdeepserve.messages import TokenLogprobs
 
 Script = Callable[[ScheduledRequest], int]
@@ -68,10 +69,18 @@ class ScriptedExecutor:
             self._write(item)
         for item in plan.scheduled:
             self._check_context(item)
-        return StepResult(
-            token_ids=tuple((self._script(i),) if i.samples else () for i in plan.scheduled),
-            logprobs=tuple(_logprobs(i) for i in plan.scheduled),
-        )
+        token_ids = tuple(self._answer(i) if i.samples else () for i in plan.scheduled)
+        rows = zip(plan.scheduled, token_ids, strict=True)
+        return StepResult(token_ids, tuple(_logprobs(i, len(ids)) for i, ids in rows))
+
+    def _answer(self, item: ScheduledRequest) -> tuple[int, ...]:
+        """The script's ids as far as they confirm the drafts, and one more."""
+        drafts = item.draft_token_ids
+        sampled = []
+        for num_known in range(len(drafts) + 1):
+            history = item.token_ids + array("i", drafts[:num_known])
+            sampled.append(self._script(item._replace(token_ids=history)))
+        return tuple(sampled[: 1 + num_confirmed(drafts, sampled)])
 
     def close(self) -> None:
         """Remember that it was called."""
@@ -82,9 +91,10 @@ class ScriptedExecutor:
         return item.block_ids[block_idx] * self._block_size + offset
 
     def _write(self, item: ScheduledRequest) -> None:
+        token_ids = item.token_ids + array("i", item.draft_token_ids)
         start = item.num_computed_tokens
-        for position in range(start, start + item.num_scheduled_tokens):
-            self._slots[self._slot(item, position)] = item.token_ids[position]
+        for position in range(start, start + item.num_rows):
+            self._slots[self._slot(item, position)] = token_ids[position]
 
     def _check_context(self, item: ScheduledRequest) -> None:
         for position in range(item.num_computed_tokens + item.num_scheduled_tokens):
@@ -95,7 +105,7 @@ class ScriptedExecutor:
             )
 
 
-def _logprobs(item: ScheduledRequest) -> tuple[TokenLogprobs, ...] | None:
-    if item.params.logprobs is None or not item.samples:
+def _logprobs(item: ScheduledRequest, count: int) -> tuple[TokenLogprobs, ...] | None:
+    if item.params.logprobs is None or count == 0:
         return None
-    return (TokenLogprobs(-0.5, [], []),)
+    return (TokenLogprobs(-0.5, [], []),) * count

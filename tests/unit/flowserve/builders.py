@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 from xdeepserve.config import EngineConfig
 from xdeepserve.flowserve.dp_group import DPGroup
 from xdeepserve.flowserve.scheduler import Scheduler
+from xdeepserve.flowserve.speculator import Proposer, Speculator
 from xdeepserve.messages import EngineInfo, GenerateRequest, SamplingParams, TokenOutput
 from xdeepserve.rtc import KVCacheManager
 from xdeepserve.testing.fake_clock import FakeClock
-from xdeepserve.testing.scripted_executor import Script, ScriptedExecutor
+from xdeepserve.testing.scripted_executor import Script, ScriptedExecutor, next_scripted_id
 
 EOS = 2
 
@@ -27,13 +29,25 @@ def make_config(**fields: Any) -> EngineConfig:
     return EngineConfig(**(defaults | fields))
 
 
-def make_scheduler(config: EngineConfig, *, max_model_len: int = 64) -> Scheduler:
+def make_scheduler(
+    config: EngineConfig, *, max_model_len: int = 64, proposer: Proposer | None = None
+) -> Scheduler:
     kv = KVCacheManager(
         num_blocks=config.num_kv_blocks,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,
     )
-    return Scheduler(config=config, kv=kv, max_model_len=max_model_len, eos_token_ids=(EOS,))
+    speculator = None
+    if proposer is not None:
+        number = config.num_speculative_tokens
+        speculator = Speculator(proposer, num_speculative_tokens=number)
+    return Scheduler(
+        config=config,
+        kv=kv,
+        max_model_len=max_model_len,
+        eos_token_ids=(EOS,),
+        speculator=speculator,
+    )
 
 
 def make_executor(config: EngineConfig, script: Script | None = None) -> ScriptedExecutor:
@@ -60,14 +74,36 @@ def make_request(
     )
 
 
+class ScriptProposer:
+    """Knows the default script; every `wrong_every`-th draft is wrong."""
+
+    def __init__(self, wrong_every: int = 0) -> None:
+        self._wrong_every = wrong_every
+        self._num_drafts = 0
+
+    def propose(self, token_ids: array[int], *, limit: int) -> tuple[int, ...]:
+        known = list(token_ids)
+        for _ in range(limit):
+            known.append(next_scripted_id(known))
+            self._num_drafts += 1
+            if self._wrong_every and self._num_drafts % self._wrong_every == 0:
+                known[-1] = 120
+        return tuple(known[len(token_ids) :])
+
+
 class Harness:
     """Scheduler and scripted executor, stepped by hand; collects what each request got."""
 
     def __init__(
-        self, *, max_model_len: int = 64, script: Script | None = None, **config: Any
+        self,
+        *,
+        max_model_len: int = 64,
+        script: Script | None = None,
+        proposer: Proposer | None = None,
+        **config: Any,
     ) -> None:
         self.config = make_config(**config)
-        self.scheduler = make_scheduler(self.config, max_model_len=max_model_len)
+        self.scheduler = make_scheduler(self.config, max_model_len=max_model_len, proposer=proposer)
         self.executor = make_executor(self.config, script)
         self.outputs: dict[str, list[TokenOutput]] = {}
         self.shares: list[dict[str, int]] = []
@@ -79,13 +115,14 @@ class Harness:
     def step(self, *, abort_between: Sequence[str] = ()) -> list[TokenOutput]:
         """One step; the named requests are aborted between execute and update."""
         plan = self.scheduler.schedule()
-        self.shares.append({i.request_id: i.num_scheduled_tokens for i in plan.scheduled})
+        self.shares.append({i.request_id: i.num_rows for i in plan.scheduled})
         outputs: list[TokenOutput] = []
         if not plan.is_empty:
             result = self.executor.execute(plan=plan)
             ended = [self.scheduler.abort(request_id) for request_id in abort_between]
             outputs += [output for output in ended if output is not None]
             outputs += self.scheduler.update(plan, result)
+            self.scheduler.record_duration(plan, 1.0)  # drafts cost nothing here
         self.record(outputs)
         self.scheduler.check_integrity()
         return outputs

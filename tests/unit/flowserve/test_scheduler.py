@@ -203,22 +203,20 @@ def test_max_tokens_and_max_model_len_end_with_length() -> None:
     assert last.stop_token_id is None
 
 
-def test_several_ids_per_step_are_cut_at_the_one_that_ends() -> None:
-    scheduler = make_scheduler(make_config())
-    scheduler.add(make_request("a", max_tokens=9))
-    plan = scheduler.schedule()
-    (output,) = scheduler.update(plan, StepResult(token_ids=((8, EOS, 8),), logprobs=(None,)))
-    assert output.token_ids == [8, EOS]
-    assert output.finish_reason is FinishReason.STOP
-    scheduler.check_integrity()
-
-
 def test_a_result_without_a_token_where_one_is_due_is_an_integrity_error() -> None:
     scheduler = make_scheduler(make_config())
     scheduler.add(make_request("a"))
     plan = scheduler.schedule()
     with pytest.raises(IntegrityError, match="0 ids"):
         scheduler.update(plan, StepResult(token_ids=((),), logprobs=(None,)))
+
+
+def test_more_ids_than_drafts_allow_are_an_integrity_error() -> None:
+    scheduler = make_scheduler(make_config())
+    scheduler.add(make_request("a"))
+    plan = scheduler.schedule()
+    with pytest.raises(IntegrityError, match="2 ids, samples=True, 0 drafts"):
+        scheduler.update(plan, StepResult(token_ids=((8, 8),), logprobs=(None,)))
 
 
 def test_a_pool_that_cannot_hold_one_longest_request_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Random adds, aborts and steps: the scheduler's laws hold after each."""
+"""Random adds, aborts and steps: the scheduler's laws hold after each, with drafts and without."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.unit.flowserve.builders import Harness, make_request
+from tests.unit.flowserve.builders import Harness, ScriptProposer, make_request
+from xdeepserve.flowserve.speculator import Proposer
 from xdeepserve.messages import FinishReason, GenerateRequest
 from xdeepserve.testing.scripted_executor import scripted_output
 
@@ -26,8 +27,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=9,
             num_kv_blocks=NUM_BLOCKS,
             max_model_len=MAX_MODEL_LEN,
+            proposer=self.make_proposer(),
         )
         self.requests: dict[str, GenerateRequest] = {}
+
+    def make_proposer(self) -> Proposer | None:
+        return None
 
     def live(self) -> list[str]:
         outputs = self.harness.outputs
@@ -104,5 +109,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert got == expected
 
 
+class DraftingMachine(SchedulerMachine):
+    """The same with drafts, two in three of them right."""
+
+    def make_proposer(self) -> Proposer:
+        return ScriptProposer(wrong_every=3)
+
+
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestDraftingMachine = DraftingMachine.TestCase
+TestDraftingMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -127,6 +127,10 @@ class ReplayEngine:
             num_generated_tokens=11,
             prefix_cache_queries=13,
             prefix_cache_hits=2,
+            num_drafts=3,
+            num_draft_tokens=12,
+            num_accepted_tokens=7,
+            accepted_per_position=(3, 2, 2, 0),
         )
 
     def is_alive(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 
 import pytest
@@ -71,6 +72,13 @@ async def test_stop_string_aborts_what_is_left() -> None:
     reply = await call(open_app(engine), PATH, {**ASK, "stop": "two"})
     assert _text(reply.body) == "one "
     assert engine.aborted == [engine.requests[0].request_id]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 13, 14])
+async def test_ids_behind_a_stop_string_are_not_billed(step: int) -> None:
+    engine = ReplayEngine(steps_of("one two three", step=step))
+    reply = await call(open_app(engine), PATH, {**ASK, "stream": False, "stop": "two"})
+    assert json.loads(reply.body)["usage"]["completion_tokens"] == len("one two")
 
 
 async def test_choices_are_merged_by_index_with_their_own_seeds() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prometheus_client import generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -12,6 +13,7 @@ from tests.unit.maas.replay_engine import ReplayEngine, steps_of
 from tests.unit.text.byte_tokenizer import byte_tokenizer
 from xdeepserve.config import GatewayConfig
 from xdeepserve.maas.app import create_app
+from xdeepserve.maas.metrics import GatewayMetrics
 
 
 class Answer(Collector):
@@ -36,3 +38,16 @@ async def test_metrics() -> None:
     assert "xdeepserve:answer 42.0" in lines
     ended = f'xdeepserve:request_success_total{{finished_reason="stop",model_name="{MODEL}"}} 1.0'
     assert ended in lines
+
+
+def test_speculation_is_counted_under_the_field_s_names() -> None:
+    lines = generate_latest(GatewayMetrics(ReplayEngine(), MODEL).registry).decode().splitlines()
+    name, label = "xdeepserve:spec_decode_num", f'model_name="{MODEL}"'
+    assert f"{name}_drafts_total{{{label}}} 3.0" in lines
+    assert f"{name}_draft_tokens_total{{{label}}} 12.0" in lines
+    assert f"{name}_accepted_tokens_total{{{label}}} 7.0" in lines
+    by_position = [
+        line for line in lines if line.startswith(f"{name}_accepted_tokens_per_pos_total")
+    ]
+    assert [line.split()[-1] for line in by_position] == ["3.0", "2.0", "2.0", "0.0"]
+    assert 'position="3"' in by_position[3]
