@@ -36,7 +36,7 @@ MAX_THREADS = 1024
 MAX_MICROBATCHES = 4
 """More are more exchanges under way than a pair of ranks has slots for."""
 
-SPECULATIONS = ("off", "ngram")
+SPECULATIONS = ("off", "ngram", "mtp")
 
 MAX_SPECULATIVE_TOKENS = 16
 """More than that in a row are hardly ever accepted."""
@@ -90,7 +90,7 @@ class EngineConfig:
     )
     speculation: str = option(
         "off",
-        "Drafts checked beside each token where it pays: off or ngram (from repetitions).",
+        "Drafts checked where it pays: off, ngram (from repetitions) or mtp (by the model).",
     )
     num_speculative_tokens: int = option(4, "Most drafts of a request in one step.")
 

@@ -79,6 +79,8 @@ def build_dp_group(
     Raises:
         ConfigError: as `build_engine`.
     """
+    with_mtp = config.speculation == "mtp"
+    check_speculation(config, model_name, has_mtp=model.mtp is not None)
     info = engine_info(model, model_name, config)
     times = stage_times or StageTimes()
     executor = InProcExecutor(
@@ -88,6 +90,7 @@ def build_dp_group(
         num_blocks=info.num_kv_blocks,
         block_size=info.block_size,
         num_microbatches=config.num_microbatches or (1 if transport is None else None),
+        with_mtp=with_mtp,
     )
     kv = KVCacheManager(
         num_blocks=info.num_kv_blocks,
@@ -115,7 +118,8 @@ def build_dp_group(
 def _speculator(config: EngineConfig) -> Speculator | None:
     if config.speculation == "off":
         return None
-    return Speculator(NgramProposer(), num_speculative_tokens=config.num_speculative_tokens)
+    proposer = NgramProposer() if config.speculation == "ngram" else None
+    return Speculator(proposer, num_speculative_tokens=config.num_speculative_tokens)
 
 
 def engine_info(model: Model, model_name: str, config: EngineConfig) -> EngineInfo:
@@ -124,7 +128,9 @@ def engine_info(model: Model, model_name: str, config: EngineConfig) -> EngineIn
     Raises:
         ConfigError: as `build_engine`.
     """
-    num_blocks = num_kv_blocks(config, model.kv_bytes_per_token)
+    num_kv_layers = model.spec.num_layers + (config.speculation == "mtp")
+    kv_bytes_per_token = model.kv_bytes_per_token * num_kv_layers // model.spec.num_layers
+    num_blocks = num_kv_blocks(config, kv_bytes_per_token)
     max_model_len = resolve_max_model_len(
         config,
         max_positions=model.spec.max_position_embeddings,
@@ -141,6 +147,19 @@ def engine_info(model: Model, model_name: str, config: EngineConfig) -> EngineIn
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
     )
+
+
+def check_speculation(config: EngineConfig, model_name: str, *, has_mtp: bool) -> None:
+    """Refuse drafts by a layer that the model does not have.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    if config.speculation == "mtp" and not has_mtp:
+        raise ConfigError(
+            f"speculation='mtp' needs a layer for multi-token prediction, which {model_name} does "
+            "not carry; use speculation='ngram' or 'off'"
+        )
 
 
 def num_kv_blocks(config: EngineConfig, kv_bytes_per_token: int) -> int:

@@ -181,7 +181,7 @@ class DPGroup:
             with self._times.measure(Stage.UPDATE):
                 self._drain_inbox()
                 self._outputs += self._scheduler.update(plan, result)
-                self._scheduler.record_duration(plan, self._clock.monotonic() - begun_s)
+                self._scheduler.record_duration(plan, result, self._clock.monotonic() - begun_s)
                 self._load = self._scheduler.load_report()
         self._last_progress_s = self._clock.monotonic()
         return self._take_outputs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.flowserve.input_batch import build_forward_batch, split_microbatches
 from xdeepserve.flowserve.microbatch_tuner import MicrobatchTuner
+from xdeepserve.flowserve.mtp_drafter import MtpDrafter
 from xdeepserve.flowserve.step import (
     ScheduledRequest,
     StepPlan,
@@ -64,6 +66,7 @@ class InProcExecutor:
         block_size: int,
         stage_times: StageTimes,
         num_microbatches: int | None = 1,
+        with_mtp: bool = False,
     ) -> None:
         """Allocate the KV arrays; their memory is committed as blocks are first written.
 
@@ -75,6 +78,7 @@ class InProcExecutor:
             stage_times: where the stages of a step are counted.
             num_microbatches: parts of a step in flight at once; 1 when nothing can overlap, None =
                 chosen by measured times.
+            with_mtp: make drafts by the model's MTP layer, which it must have.
         """
         self._model = model
         self._transport = transport
@@ -89,6 +93,15 @@ class InProcExecutor:
             stage_times=stage_times,
         )
         self._times = stage_times
+        self._drafter: MtpDrafter | None = None
+        if with_mtp:
+            assert model.mtp is not None, "build_dp_group() refuses a model without MTP layer"
+            self._drafter = MtpDrafter(
+                model.mtp,
+                kv=model.new_kv_layer(num_blocks, block_size),
+                sampler=self._sampler,
+                max_positions=model.spec.max_position_embeddings,
+            )
 
     def warm_up(self) -> None:
         """Compute one token in KV block 0, which nobody holds yet."""
@@ -108,15 +121,30 @@ class InProcExecutor:
         """See Executor.execute."""
         batches, hidden_states = self._run(plan)
         rows = [row for item in plan.scheduled if item.samples for row in _sample_rows(item)]
-        if not rows:
+        if rows:
+            with self._times.measure(Stage.HEAD):
+                order = HeadOrder.of(rows)
+                greedy_ids, logits = self._head(batches, hidden_states, order)
+            with self._times.measure(Stage.SAMPLE):
+                sampled = self._sampler.complete(order, greedy_ids, logits, rows)
+            result = _result(plan.scheduled, sampled)
+        else:
             nothing = len(plan.scheduled)
-            return StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
-        with self._times.measure(Stage.HEAD):
-            order = HeadOrder.of(rows)
-            greedy_ids, logits = self._head(batches, hidden_states, order)
-        with self._times.measure(Stage.SAMPLE):
-            sampled = self._sampler.complete(order, greedy_ids, logits, rows)
-        return _result(plan.scheduled, sampled)
+            result = StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
+        return result if self._drafter is None else self._draft(plan, hidden_states, result)
+
+    def _draft(
+        self, plan: StepPlan, hidden_states: Sequence[F32], result: StepResult
+    ) -> StepResult:
+        """The result with drafts for the next step."""
+        assert self._drafter is not None, "called for executors with a drafter"
+        begun_s = SYSTEM_CLOCK.monotonic()
+        with self._times.measure(Stage.DRAFT):
+            rows = hidden_states[0] if len(hidden_states) == 1 else np.concatenate(hidden_states)
+            drafts = self._drafter.draft(plan.scheduled, rows, result.token_ids)
+        return replace(
+            result, draft_token_ids=drafts, drafting_s=SYSTEM_CLOCK.monotonic() - begun_s
+        )
 
     def _run(self, plan: StepPlan) -> tuple[list[ForwardBatch], list[F32]]:
         """The plan's microbatches and their hidden states."""

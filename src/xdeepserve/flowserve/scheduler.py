@@ -185,9 +185,11 @@ class Scheduler:
         if self._counters.preemptions == num_preemptions:
             budget = self._admit_waiting(scheduled, budget)
         num_tokens = self._config.max_num_batched_tokens - budget
-        # A step that also prefills is bound by computing; drafts would only make it longer.
-        if num_tokens == len(scheduled):
-            num_tokens += self._add_drafts(scheduled, budget)
+        if self._speculator is not None:
+            # A step that also prefills is bound by computing; drafts would only make it longer.
+            if num_tokens == len(scheduled):
+                num_tokens += self._add_drafts(self._speculator, scheduled, budget)
+            self._ask_for_drafts(self._speculator, scheduled)
         plan = StepPlan(
             step_idx=self._counters.steps, scheduled=tuple(scheduled), num_tokens=num_tokens
         )
@@ -234,15 +236,14 @@ class Scheduler:
             budget -= num_tokens
         return budget
 
-    def _add_drafts(self, scheduled: list[ScheduledRequest], budget: int) -> int:
+    def _add_drafts(
+        self, speculator: Speculator, scheduled: list[ScheduledRequest], budget: int
+    ) -> int:
         """Spend what is left of a decode step's budget on drafts; returns their number.
 
         They take blocks that are free, one per running request left over, and never preempt.
         """
-        speculator = self._speculator
-        if speculator is None or not scheduled:
-            return 0
-        if not speculator.begin_step(num_seqs=len(scheduled)):
+        if not scheduled or not speculator.begin_step(num_seqs=len(scheduled)):
             return 0
         total = 0
         for idx, item in enumerate(scheduled):
@@ -254,6 +255,13 @@ class Scheduler:
                 scheduled[idx] = item._replace(draft_token_ids=drafts)
                 total += len(drafts)
         return total
+
+    def _ask_for_drafts(self, speculator: Speculator, scheduled: list[ScheduledRequest]) -> None:
+        """Say of which requests the model should guess the ids after this step's."""
+        for idx, item in enumerate(scheduled):
+            wanted = speculator.num_wanted(self._requests[item.request_id].drafts)
+            if wanted:
+                scheduled[idx] = item._replace(num_drafts_wanted=wanted)
 
     def _num_draftable(self, request: Request) -> int:
         """Drafts that could become output, with one more id behind them."""
@@ -311,8 +319,9 @@ class Scheduler:
         """
         outputs: list[TokenOutput] = []
         finished: list[Request] = []
-        rows = zip(plan.scheduled, result.token_ids, result.logprobs, strict=True)
-        for item, token_ids, logprobs in rows:
+        drafts = result.draft_token_ids or ((),) * len(plan.scheduled)
+        rows = zip(plan.scheduled, result.token_ids, result.logprobs, drafts, strict=True)
+        for item, token_ids, logprobs, next_drafts in rows:
             request = self._requests.get(item.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
@@ -322,6 +331,8 @@ class Scheduler:
                 output = self._append(request, token_ids, logprobs)
                 outputs.append(output)
                 self._accept(request, item, num_accepted=len(output.token_ids) - 1)
+                if self._speculator is not None:
+                    self._speculator.receive(request.drafts, next_drafts)
                 if output.finish_reason is not None:
                     finished.append(request)
             self._kv.commit(
@@ -341,9 +352,14 @@ class Scheduler:
             request.drafts, num_drafts=num_drafts, num_accepted=num_accepted
         )
 
-    def record_duration(self, plan: StepPlan, duration_s: float) -> None:
-        """A step took so long from `schedule` to `update`; decides whether drafts pay."""
+    def record_duration(self, plan: StepPlan, result: StepResult, duration_s: float) -> None:
+        """A step took so long from `schedule` to `update`; decides whether drafts pay.
+
+        Making drafts is charged to the steps that check some, which are the reason for it.
+        """
         num_seqs, num_drafts = len(plan.scheduled), plan.num_drafts
+        if num_drafts == 0:
+            duration_s -= result.drafting_s
         if self._speculator is not None and plan.num_tokens == num_seqs + num_drafts:
             self._speculator.record_step(
                 num_seqs=num_seqs, num_drafts=num_drafts, duration_s=duration_s

@@ -52,10 +52,12 @@ class Acceptance:
 class DraftRecord:
     """What one request's drafts came to. Opaque to the scheduler; changed by `Speculator` alone."""
 
-    __slots__ = ("acceptance", "num_refused", "retry_after")
+    __slots__ = ("acceptance", "num_refused", "pending", "retry_after")
 
     def __init__(self) -> None:
         self.acceptance = Acceptance()
+        # What the model guessed to come next; of the last token only.
+        self.pending: tuple[int, ...] = ()
         self.num_refused = 0
         self.retry_after = FIRST_RETRY
 
@@ -63,11 +65,11 @@ class DraftRecord:
 class Speculator:
     """Proposer and judge of drafts of one DP group. Thread: the step loop."""
 
-    def __init__(self, proposer: Proposer, *, num_speculative_tokens: int) -> None:
+    def __init__(self, proposer: Proposer | None, *, num_speculative_tokens: int) -> None:
         """Start without experience, hence hopeful.
 
         Args:
-            proposer: where drafts come from.
+            proposer: where drafts come from; None = the model makes them in its steps.
             num_speculative_tokens: most drafts of a request in a step.
         """
         self._proposer = proposer
@@ -97,13 +99,25 @@ class Speculator:
             if record.num_refused < record.retry_after:
                 return ()
             limit = 1
+        if self._proposer is None:
+            return record.pending[:limit]
         return self._proposer.propose(token_ids, limit=limit)
 
+    def num_wanted(self, record: DraftRecord) -> int:
+        """Drafts that the model should make of this request for the next step."""
+        if self._proposer is not None:
+            return 0
+        is_retry = record.num_refused >= record.retry_after
+        return self._max_drafts if is_retry or self._is_worth_it(record) else 0
+
+    def receive(self, record: DraftRecord, drafts: tuple[int, ...]) -> None:
+        """Take what the model guessed to follow the request's last token."""
+        record.pending = drafts
+
     def _is_worth_it(self, record: DraftRecord) -> bool:
-        assert self._quote is not None, "begin_step() said that this step takes no drafts"
         common, own = self._acceptance, record.acceptance
         prior = PRIOR_DRAFTS * common.accepted / common.drafted
-        return (own.accepted + prior) / (own.drafted + PRIOR_DRAFTS) >= self._quote
+        return (own.accepted + prior) / (own.drafted + PRIOR_DRAFTS) >= (self._quote or 0.0)
 
     def record_drafts(self, record: DraftRecord, *, num_drafts: int, num_accepted: int) -> None:
         """Learn from drafts that were checked."""
@@ -115,5 +129,5 @@ class Speculator:
             record.num_refused = 0
 
     def record_step(self, *, num_seqs: int, num_drafts: int, duration_s: float) -> None:
-        """Learn from the time of a step of nothing but decoding."""
+        """Learn from the time of a step of nothing but decoding; of drafting too, if it had any."""
         self._price.record(num_seqs=num_seqs, num_drafts=num_drafts, duration_s=duration_s)

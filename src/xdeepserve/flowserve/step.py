@@ -40,6 +40,9 @@ class ScheduledRequest(NamedTuple):
     # Guesses at what follows `token_ids`, computed behind them; each is kept iff the id sampled at
     # its position is the same. Empty unless the request samples.
     draft_token_ids: tuple[int, ...] = ()
+    # Drafts that the executor should make for the next step, if it has an MTP layer; 0 = leave the
+    # layer alone.
+    num_drafts_wanted: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -78,6 +81,10 @@ class StepResult:
     token_ids: tuple[tuple[int, ...], ...]
     # One entry per new id where the request asked for logprobs, else None.
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...]
+    # What the executor guesses to follow, aligned as well; empty if nobody wanted any.
+    draft_token_ids: tuple[tuple[int, ...], ...] = ()
+    # Time that making those took.
+    drafting_s: float = 0.0
 
 
 def num_confirmed(draft_token_ids: Sequence[int], sampled_token_ids: Sequence[int]) -> int:

@@ -95,4 +95,5 @@ def shape_of(loaded: LoadedModel) -> ModelShape:
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
         top_k=0 if spec.moe is None else spec.moe.gate.top_k,
+        has_mtp=spec.has_mtp,
     )

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from xdeepserve.errors import ConfigError
+from xdeepserve.flowserve.build import check_speculation
 from xdeepserve.launch.deployment import ROLES, Deployment, Slices
 
 NAME_PREFIX: Final = {"attention": "dp", "ffn": "ffn", "expert": "expert"}
@@ -28,6 +29,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         num_layers: layers.
         hidden_size: width of the rows that workers exchange.
         top_k: routed experts per token; 0 = a dense model.
+        has_mtp: it carries a layer for multi-token prediction.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     hidden_size: int
     top_k: int
+    has_mtp: bool = False
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,6 +105,7 @@ def resolve(
             than experts, cores that are not there.
     """
     _check_roles(deployment, shape)
+    check_speculation(deployment.limits, shape.name, has_mtp=shape.has_mtp)
     slices = expert_slices(deployment, shape)
     workers = []
     for role in ROLES:

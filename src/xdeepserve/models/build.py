@@ -11,6 +11,7 @@ from xdeepserve.models.build_attention import AttentionBuilder
 from xdeepserve.models.checkpoint_api import Checkpoint, WeightProvider
 from xdeepserve.models.decoder import Layer, Model
 from xdeepserve.models.families import family_of
+from xdeepserve.models.mtp import MtpUnit
 from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.models.rope import rope_table
 from xdeepserve.models.spec import GqaSpec, ModelSpec
@@ -52,7 +53,8 @@ def build_model(
     weights = Weights(provider, checkpoint, DtypePolicy(dtype, spec.num_layers))
     builder = ModelBuilder(spec, weights, ops, max_positions=max_positions)
     layers = tuple(builder.layer(idx) for idx in range(spec.num_layers))
-    return Model(spec, dtype, ops, builder.embedding(), layers, builder.head())
+    embedding, head = builder.embedding(), builder.head()
+    return Model(spec, dtype, ops, embedding, layers, head, builder.mtp(embedding, head))
 
 
 class ModelBuilder:
@@ -89,6 +91,33 @@ class ModelBuilder:
         norm = weights.vector("head.norm", "model.norm.weight", spec.hidden_size)
         lm_head = weights.packed("head.lm_head", load)
         return HeadUnit(self._ops, norm, spec.norm_eps, lm_head)
+
+    def mtp(self, embedding: EmbeddingUnit, head: HeadUnit) -> MtpUnit | None:
+        """The layer behind the last one, around the main model's embedding and LM head.
+
+        Its own copies of the two are not read: the published checkpoints share them.
+        """
+        spec, weights = self._spec, self._weights
+        if not spec.has_mtp:
+            return None
+        idx, hidden = spec.num_layers, spec.hidden_size
+        theirs = f"model.layers.{idx}"
+        norm = weights.vector("mtp.head_norm", f"{theirs}.shared_head.norm.weight", hidden)
+        return MtpUnit(
+            ops=self._ops,
+            norm_eps=spec.norm_eps,
+            embedding=embedding,
+            embedding_norm=weights.vector("mtp.embedding_norm", f"{theirs}.enorm.weight", hidden),
+            main_norm=head.norm,
+            hidden_norm=weights.vector("mtp.hidden_norm", f"{theirs}.hnorm.weight", hidden),
+            projection=weights.linear(
+                "mtp.projection", [(f"{theirs}.eh_proj", hidden)], 2 * hidden
+            ),
+            attention=self.attention(idx),
+            ffn=self.ffn(idx),
+            experts=self.experts(idx),
+            head=HeadUnit(self._ops, norm, spec.norm_eps, head.lm_head),
+        )
 
     def layer(self, idx: int) -> Layer:
         """All units of layer `idx`."""

@@ -15,6 +15,7 @@ import numpy as np
 from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.models.huge_pages import huge_zeros
 from xdeepserve.models.moe import FfnCall, run_ffn
+from xdeepserve.models.mtp import MtpUnit
 from xdeepserve.models.spec import ModelSpec
 from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
 from xdeepserve.ops import F32, Array, KVLayer, Ops, WeightDtype
@@ -40,7 +41,7 @@ class AttentionSide:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """All units of a model, in one process."""
+    """All units of a model, in one process; `mtp` only drafts."""
 
     spec: ModelSpec
     dtype: WeightDtype
@@ -48,6 +49,7 @@ class Model:
     embedding: EmbeddingUnit
     layers: tuple[Layer, ...]
     head: HeadUnit
+    mtp: MtpUnit | None = None
 
     @property
     def attention_side(self) -> AttentionSide:
@@ -67,14 +69,18 @@ class Model:
 
     def new_kv(self, num_blocks: int, block_size: int) -> list[KVLayer]:
         """Zeroed cache of every layer, see `huge_zeros`: committed when it is first written."""
+        return [self.new_kv_layer(num_blocks, block_size) for _ in self.layers]
+
+    def new_kv_layer(self, num_blocks: int, block_size: int) -> KVLayer:
+        """Zeroed cache of one layer."""
         heads, dim = self.spec.attention.kv_heads_and_dim
 
         def array(*shape: int) -> Array:
             return huge_zeros((num_blocks, heads, *shape), self.kv_dtype)
 
         if self.spec.attention.num_kv_arrays == 1:
-            return [KVLayer(array(block_size, dim), None) for _ in self.layers]
-        return [KVLayer(array(dim, block_size), array(block_size, dim)) for _ in self.layers]
+            return KVLayer(array(block_size, dim), None)
+        return KVLayer(array(dim, block_size), array(block_size, dim))
 
 
 def layer_steps(

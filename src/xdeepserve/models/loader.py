@@ -25,7 +25,7 @@ from xdeepserve.models.build import build_model
 from xdeepserve.models.checkpoint import FileCheckpoint, open_checkpoint
 from xdeepserve.models.checkpoint_api import ArrayLoader, LinearLoader
 from xdeepserve.models.decoder import Model
-from xdeepserve.models.families import parse_spec
+from xdeepserve.models.families import parse_spec, without_absent_mtp
 from xdeepserve.models.files import gguf_file, gguf_llama, number_formats, safetensors_file
 from xdeepserve.models.files.checkpoint_writer import home_error, make_home_folder
 from xdeepserve.models.files.file_lock import file_lock
@@ -36,6 +36,7 @@ from xdeepserve.models.files.source_digest import (
     source_digest,
     stamp_files,
 )
+from xdeepserve.models.spec import ModelSpec
 from xdeepserve.ops import F32, Array, Ops, PackedWeight, WeightDtype, quant
 from xdeepserve.ops.types import U8
 
@@ -210,14 +211,15 @@ def _pack(
     _remove_stale(directory)
     stamps = stamp_files(source.files)
     tracked = TrackedCheckpoint(source, progress)
-    spec = parse_spec(source.config)
+    config = without_absent_mtp(source.config, source.names())
+    spec = parse_spec(config)
     temporary = directory / f"{key.file_name}.tmp"
-    writer = PackedFileWriter(temporary, key, source.config)
+    writer = PackedFileWriter(temporary, key, config)
     try:
         build_model(spec, PackingProvider(writer, ops), ops, tracked, dtype=WeightDtype(key.dtype))
         writer.finish()
         check_unchanged(source.files, stamps)
-        _warn_unread(tracked.unread, tied=spec.tie_embeddings)
+        _warn_unread(tracked.unread, spec)
         packed = PackedFile(temporary, key, verify=False)
         temporary.rename(directory / key.file_name)
     finally:
@@ -233,8 +235,11 @@ def _groups(weight: F32) -> Iterator[F32]:
     return iter(stack)
 
 
-def _warn_unread(names: set[str], *, tied: bool) -> None:
-    known = {"lm_head.weight"} if tied else set()
+def _warn_unread(names: set[str], spec: ModelSpec) -> None:
+    known = {"lm_head.weight"} if spec.tie_embeddings else set()
+    if spec.has_mtp:  # copies of the main model's
+        prefix = f"model.layers.{spec.num_layers}"
+        known |= {f"{prefix}.embed_tokens.weight", f"{prefix}.shared_head.head.weight"}
     unknown = sorted(name for name in names - known if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         _log.warning(

@@ -112,6 +112,7 @@ class ModelSpec:
         moe: None for a dense model.
         moe_layers: [num_layers]; whether a layer routes to experts.
         eos_token_ids: ids that end a sequence; may be empty.
+        has_mtp: whether a layer for multi-token prediction follows the last one (`models/mtp.py`).
     """
 
     family: str
@@ -125,14 +126,16 @@ class ModelSpec:
     max_position_embeddings: int
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    has_mtp: bool = False
 
     @property
     def num_layers(self) -> int:
         return len(self.moe_layers)
 
     def moe_of(self, layer_idx: int) -> MoeSpec | None:
-        """The MoE of a layer, None where the layer is dense."""
-        return self.moe if self.moe_layers[layer_idx] else None
+        """The MoE of a layer, None where the layer is dense. The MTP layer is like the last one."""
+        idx = min(layer_idx, self.num_layers - 1)
+        return self.moe if self.moe_layers[idx] else None
 
     def kv_values_per_token(self) -> int:
         """Cached numbers per token over all layers."""

@@ -71,7 +71,18 @@ class ScriptedExecutor:
             self._check_context(item)
         token_ids = tuple(self._answer(i) if i.samples else () for i in plan.scheduled)
         rows = zip(plan.scheduled, token_ids, strict=True)
-        return StepResult(token_ids, tuple(_logprobs(i, len(ids)) for i, ids in rows))
+        logprobs = tuple(_logprobs(i, len(ids)) for i, ids in rows)
+        rows = zip(plan.scheduled, token_ids, strict=True)
+        drafts = tuple(self._guess(i, ids) if i.samples else () for i, ids in rows)
+        return StepResult(token_ids, logprobs, drafts)
+
+    def _guess(self, item: ScheduledRequest, new: tuple[int, ...]) -> tuple[int, ...]:
+        """What a perfect MTP layer would draft."""
+        history = item.token_ids + array("i", new)
+        start = len(history)
+        for _ in range(item.num_drafts_wanted):
+            history.append(self._script(item._replace(token_ids=history)))
+        return tuple(history[start:])
 
     def _answer(self, item: ScheduledRequest) -> tuple[int, ...]:
         """The script's ids as far as they confirm the drafts, and one more."""

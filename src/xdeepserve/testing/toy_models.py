@@ -173,6 +173,14 @@ def _deepseek_v3() -> Config:
     return _mla("deepseek_v3", rope_theta=10000, rope_scaling=rope)
 
 
+def _deepseek_v3_mtp() -> Config:
+    return _deepseek_v3() | {"num_nextn_predict_layers": 1}
+
+
+def _glm4_moe_mtp() -> Config:
+    return _glm4_moe() | {"num_nextn_predict_layers": 1}
+
+
 def _deepseek_v3_plain() -> Config:
     return _mla(
         "deepseek_v3",
@@ -253,14 +261,22 @@ _TOYS: dict[str, Callable[[], Config]] = {
 TOY_MODELS: tuple[str, ...] = tuple(_TOYS)
 """Names for `toy_checkpoint`: every family, and the variants that take another code path."""
 
+MTP_TOYS: tuple[str, ...] = ("deepseek_v3_mtp", "glm4_moe_mtp")
+"""Toys with a layer for multi-token prediction, else equal to those without."""
+
+_TOYS |= {"deepseek_v3_mtp": _deepseek_v3_mtp, "glm4_moe_mtp": _glm4_moe_mtp}
+
 
 def _shapes(config: Config) -> Shapes:
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, hidden)
-    for idx in range(config["num_hidden_layers"]):
+    num_mtp = config.get("num_nextn_predict_layers", 0)
+    for idx in range(config["num_hidden_layers"] + num_mtp):
         prefix = f"model.layers.{idx}"
+        if idx >= config["num_hidden_layers"]:
+            shapes |= {f"{prefix}.{k}": v for k, v in _mtp_shapes(config).items()}
         shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
         attention = _mla_shapes if "kv_lora_rank" in config else _gqa_shapes
@@ -313,6 +329,18 @@ def _mla_shapes(config: Config) -> Shapes:
         if q_rank is not None:
             shapes["q_a_proj.bias"] = (q_rank,)
     return shapes
+
+
+def _mtp_shapes(config: Config) -> Shapes:
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    return {
+        "enorm.weight": (hidden,),
+        "hnorm.weight": (hidden,),
+        "eh_proj.weight": (hidden, 2 * hidden),
+        "embed_tokens.weight": (vocab, hidden),
+        "shared_head.norm.weight": (hidden,),
+        "shared_head.head.weight": (vocab, hidden),
+    }
 
 
 def _ffn_shapes(config: Config, idx: int) -> Shapes:

@@ -20,6 +20,8 @@ class Stage(StrEnum):
     """Embedding, norms, attention, router: everything between two exchanges."""
     HEAD = "head"
     """Final norm and LM head."""
+    DRAFT = "draft"
+    """The MTP layer: its cache, and drafts for the next step."""
     SAMPLE = "sample"
     """Choosing tokens; log probabilities."""
     UPDATE = "update"

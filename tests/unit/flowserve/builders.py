@@ -32,13 +32,14 @@ def make_config(**fields: Any) -> EngineConfig:
 def make_scheduler(
     config: EngineConfig, *, max_model_len: int = 64, proposer: Proposer | None = None
 ) -> Scheduler:
+    """Drafts come from `proposer`, or from the executor where the config says mtp."""
     kv = KVCacheManager(
         num_blocks=config.num_kv_blocks,
         block_size=config.block_size,
         prefix_caching=config.prefix_caching,
     )
     speculator = None
-    if proposer is not None:
+    if proposer is not None or config.speculation == "mtp":
         number = config.num_speculative_tokens
         speculator = Speculator(proposer, num_speculative_tokens=number)
     return Scheduler(
@@ -122,7 +123,7 @@ class Harness:
             ended = [self.scheduler.abort(request_id) for request_id in abort_between]
             outputs += [output for output in ended if output is not None]
             outputs += self.scheduler.update(plan, result)
-            self.scheduler.record_duration(plan, 1.0)  # drafts cost nothing here
+            self.scheduler.record_duration(plan, result, 1.0)  # drafts cost nothing here
         self.record(outputs)
         self.scheduler.check_integrity()
         return outputs

@@ -48,10 +48,10 @@ WRONG_EVERY = 5
 
 
 class StepClock(FakeClock):
-    """Every look at it is a millisecond later: steps take equally long, so drafts are free."""
+    """Every look at it is a second later: steps take equally long, so drafts are free."""
 
     def monotonic(self) -> float:
-        self.advance(0.001)
+        self.advance(1.0)
         return super().monotonic()
 
 

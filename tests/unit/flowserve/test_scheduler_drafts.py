@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from itertools import pairwise
 
 from tests.unit.flowserve.builders import EOS, Harness, ScriptProposer, make_request
@@ -115,3 +116,41 @@ def test_only_confirmed_tokens_are_published() -> None:
     harness.run()
     assert harness.last("turn").usage.num_cached_tokens == 40
     assert all(a != b for a, b in pairwise(answer))
+
+
+def test_what_the_model_drafts_is_checked_in_the_next_step() -> None:
+    harness = started(Harness(speculation="mtp"))
+    (output,) = harness.step()
+    assert len(output.token_ids) == 5
+    harness.run()
+    assert harness.tokens("a") == scripted_output(PROMPT, 40)
+    load = harness.scheduler.load_report()
+    assert load.num_accepted_tokens == load.num_draft_tokens > 0
+
+
+def test_drafts_that_the_model_made_outlive_a_preemption() -> None:
+    harness = Harness(speculation="mtp", num_kv_blocks=8, max_model_len=32)
+    for name in "abc":
+        harness.add(make_request(name, PROMPT, max_tokens=26))
+    harness.run()
+    load = harness.scheduler.load_report()
+    assert load.num_preemptions > 0
+    assert load.num_accepted_tokens == load.num_draft_tokens > 0
+    for name in "abc":
+        assert harness.tokens(name) == scripted_output(PROMPT, 26)
+
+
+def test_a_model_whose_drafts_do_not_pay_is_not_asked_for_them() -> None:
+    harness = started(Harness(speculation="mtp"))
+    plans = []
+    for _ in range(12):
+        plan = harness.scheduler.schedule()
+        plans.append(plan)
+        result = harness.executor.execute(plan=plan)
+        wrong = tuple((120,) * len(drafts) for drafts in result.draft_token_ids)
+        harness.scheduler.update(plan, replace(result, draft_token_ids=wrong))
+        # a draft costs as much as a token
+        harness.scheduler.record_duration(plan, result, 1.0 + plan.num_drafts)
+    assert plans[0].scheduled[0].num_drafts_wanted == 4
+    assert plans[-1].scheduled[0].num_drafts_wanted == 0
+    assert plans[-1].num_drafts == 0

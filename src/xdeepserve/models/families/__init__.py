@@ -14,7 +14,7 @@ from xdeepserve.models.families import (
     qwen3,
     qwen3_moe,
 )
-from xdeepserve.models.families.base import Family
+from xdeepserve.models.families.base import Family, without_absent_mtp
 from xdeepserve.models.spec import ModelSpec
 
 _FAMILIES: tuple[Family, ...] = (
@@ -47,4 +47,4 @@ def family_of(spec: ModelSpec) -> Family:
     return _BY_NAME[spec.family]
 
 
-__all__ = ["Family", "family_of", "parse_spec"]
+__all__ = ["Family", "family_of", "parse_spec", "without_absent_mtp"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from xdeepserve.models.config_fields import ConfigFields
 from xdeepserve.models.rope import MAX_POSITIONS, parse_rope, rope_fields
@@ -48,6 +49,7 @@ def parse_decoder(
     moe: MoeSpec | None = None,
     moe_layers: tuple[bool, ...] | None = None,
     intermediate_size: int | None = None,
+    has_mtp: bool = False,
 ) -> ModelSpec:
     """The ModelSpec around a parsed attention and MoE."""
     fields.choice("hidden_act", ("silu",), "silu")
@@ -66,6 +68,7 @@ def parse_decoder(
         max_position_embeddings=fields.integer("max_position_embeddings", high=MAX_POSITIONS),
         tie_embeddings=fields.boolean("tie_word_embeddings", False),
         eos_token_ids=fields.integers("eos_token_id", high=vocab_size, scalar=True),
+        has_mtp=has_mtp,
     )
 
 
@@ -148,6 +151,22 @@ def dense_first(fields: ConfigFields) -> tuple[bool, ...]:
     dense = fields.integer("first_k_dense_replace", low=0, high=layers)
     fields.integer("moe_layer_freq", 1, low=1, high=1)
     return tuple(idx >= dense for idx in range(layers))
+
+
+def has_mtp_layer(fields: ConfigFields) -> bool:
+    """Whether the checkpoint carries layers for multi-token prediction; the first one is used."""
+    return fields.integer("num_nextn_predict_layers", 0, low=0, high=MAX_LAYERS) > 0
+
+
+def without_absent_mtp(config: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """The config without layers for multi-token prediction that it claims, but `names` lack.
+
+    Checkpoints that `transformers` has written keep the claim and leave the tensors out.
+    """
+    first = f"model.layers.{config.get('num_hidden_layers')}.eh_proj.weight"
+    if first in names:
+        return config
+    return {name: value for name, value in config.items() if name != "num_nextn_predict_layers"}
 
 
 def refuse_sliding_window(fields: ConfigFields, *, on_by_default: bool = False) -> None:

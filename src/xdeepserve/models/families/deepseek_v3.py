@@ -6,7 +6,13 @@ Latent attention, first layers dense, shared experts, sigmoid routing limited to
 from __future__ import annotations
 
 from xdeepserve.models.config_fields import ConfigFields
-from xdeepserve.models.families.base import Family, dense_first, parse_decoder, parse_sigmoid_moe
+from xdeepserve.models.families.base import (
+    Family,
+    dense_first,
+    has_mtp_layer,
+    parse_decoder,
+    parse_sigmoid_moe,
+)
 from xdeepserve.models.rope import parse_rope, rope_fields, yarn_mscale
 from xdeepserve.models.spec import MAX_HEADS, MlaSpec, ModelSpec
 
@@ -19,6 +25,7 @@ def parse(fields: ConfigFields) -> ModelSpec:
         attention=_parse_mla(fields),
         moe=parse_sigmoid_moe(fields),
         moe_layers=dense_first(fields),
+        has_mtp=has_mtp_layer(fields),
     )
 
 

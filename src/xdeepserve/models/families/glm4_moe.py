@@ -6,6 +6,7 @@ from xdeepserve.models.config_fields import ConfigFields
 from xdeepserve.models.families.base import (
     Family,
     dense_first,
+    has_mtp_layer,
     parse_decoder,
     parse_gqa,
     parse_sigmoid_moe,
@@ -27,6 +28,7 @@ def parse(fields: ConfigFields) -> ModelSpec:
         attention=attention,
         moe=parse_sigmoid_moe(fields, groups=1),
         moe_layers=dense_first(fields),
+        has_mtp=has_mtp_layer(fields),
     )
 
 
