@@ -67,7 +67,7 @@ CANCELLED = frozenset(f"r{idx}" for idx in (*ABORTED_AFTER, *LEFT_AFTER))
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Workers by role, into how many microbatches a step is cut, and who computes experts."""
+    """Workers by role, microbatches of a step, who computes experts, and where drafts come from."""
 
     attention: int
     ffn: int = 0
@@ -75,11 +75,14 @@ class Topology:
     replicas: int = 0
     num_microbatches: int = 1
     share_experts: bool = False
+    speculation: str = "off"
 
     def __str__(self) -> str:
         counts = (("A", self.attention), ("F", self.ffn), ("E", self.expert), ("R", self.replicas))
         roles = "".join(f"{count}{letter}" for letter, count in counts if count)
-        return f"{roles}-{self.num_microbatches}mb{'-share' if self.share_experts else ''}"
+        drafts = "" if self.speculation == "off" else f"-{self.speculation}"
+        shared = "-share" if self.share_experts else ""
+        return f"{roles}-{self.num_microbatches}mb{shared}{drafts}"
 
     def roles(self) -> RolesSpec:
         """As a deployment says it."""
@@ -271,6 +274,7 @@ def make_service(loaded: LoadedModel, dtype: str, topology: Topology) -> Service
         limits=replace(
             LIMITS,
             num_microbatches=topology.num_microbatches,
+            speculation=topology.speculation,
             share_experts=topology.share_experts,
         ),
         supervision=replace(SUPERVISION, start_timeout_s=60.0, busy_timeout_s=60.0),

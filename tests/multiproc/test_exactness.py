@@ -53,6 +53,7 @@ TOYS: dict[str, tuple[Topology, ...]] = {
     "llama3": DENSE,
     "qwen2": DENSE,
 }
+MTP_TOY = "deepseek_v3_mtp"
 REAL: dict[str, tuple[Topology, ...]] = {"smollm2-135m-moe8": WITH_FFN, "smollm2-135m": DENSE}
 
 
@@ -66,7 +67,7 @@ class Cell(NamedTuple):
     @property
     def max_tokens(self) -> int:
         """Output per request; the real models are slower."""
-        return 24 if self.model in TOYS else 8
+        return 8 if self.model in REAL else 24
 
     def __str__(self) -> str:
         return f"{self.model}-{self.dtype}-{self.topology}"
@@ -103,6 +104,8 @@ def sample() -> list[Cell]:
     overlapped = replace(WITH_FFN[-1], num_microbatches=2, share_experts=True)
     cells.append(Cell("glm4_moe", "float32", overlapped))
     cells.append(Cell("smollm2-135m-moe8", "int8", overlapped))
+    cells.append(Cell(MTP_TOY, "bf16", replace(overlapped, speculation="mtp")))
+    cells.append(Cell("glm4_moe", "bf16", replace(WITH_FFN[-1], speculation="ngram")))
     return cells
 
 
@@ -117,7 +120,7 @@ def params(cells: Sequence[Cell]) -> list[object]:
 @pytest.fixture(scope="module")
 def toy_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
-    for name in TOYS:
+    for name in (*TOYS, MTP_TOY):
         install_toy(home, name, toy_checkpoint(name))
     routed_only = toy_checkpoint("qwen3_moe", decoder_sparse_step=1, mlp_only_layers=[])
     install_toy(home, "qwen3_moe_routed", routed_only)
