@@ -36,7 +36,7 @@ double py_read_bandwidth(Context& ctx, int64_t bytes, int repeats) {
 }
 
 double py_gemm_peak(Context& ctx, int dtype, int repeats) {
-  check(dtype >= 0 && dtype <= 2 && repeats >= 1, "dtype or repeats out of range");
+  check(dtype >= 0 && dtype < kDTypes && repeats >= 1, "dtype or repeats out of range");
   Turn turn(ctx);
   return gemm_peak(ctx, static_cast<DType>(dtype), repeats);
 }

@@ -39,8 +39,10 @@ double read_bandwidth(Context& ctx, int64_t bytes, int repeats) {
 }
 
 double gemm_peak(Context& ctx, DType dtype, int repeats) {
-  constexpr int64_t kRows = 60, kSteps = 64, kCalls = 2000;
-  const int64_t row_bytes = kSteps * step_width(dtype) * 4;
+  constexpr int64_t kRows = 60, kCalls = 2000;
+  const int64_t steps = dtype == DType::kInt4 ? 8 : 64;
+  const int64_t row_bytes = steps * step_width(dtype) * 4;
+  const int64_t panel_bytes = steps * step_bytes(dtype);
   const double seconds = best_seconds(repeats, [&] {
     ctx.pool.run([&](int) {
       Scratch a, b, c, scales;
@@ -48,12 +50,12 @@ double gemm_peak(Context& ctx, DType dtype, int repeats) {
       task.a = static_cast<uint8_t*>(std::memset(a.get<uint8_t>(kRows * row_bytes), 0,
                                                  static_cast<size_t>(kRows * row_bytes)));
       task.b = static_cast<uint8_t*>(
-          std::memset(b.get<uint8_t>(kSteps * kStepBytes), 0, kSteps * kStepBytes));
+          std::memset(b.get<uint8_t>(panel_bytes), 0, static_cast<size_t>(panel_bytes)));
       float* ones = scales.get<float>(kRows + 2 * kPanel);
       std::fill_n(ones, kRows + 2 * kPanel, 1.0f);
       task.a_stride = row_bytes;
       task.rows = kRows;
-      task.steps = kSteps;
+      task.steps = steps;
       task.c = c.get<float>(kRows * kPanel);
       task.c_stride = task.cols = kPanel;
       task.row_scale = ones;
@@ -65,7 +67,7 @@ double gemm_peak(Context& ctx, DType dtype, int repeats) {
       }
     });
   });
-  const double work = 2.0 * kRows * kSteps * step_width(dtype) * kPanel * kCalls;
+  const double work = 2.0 * kRows * steps * step_width(dtype) * kPanel * kCalls;
   return work * ctx.pool.size() / seconds;
 }
 

@@ -41,9 +41,18 @@ void for_rows(Context& ctx, int64_t rows, int64_t width, Body&& body) {
   });
 }
 
+// Bytes of a prepared row of n activations.
+int64_t row_bytes(const Kernels& kernels, DType dtype, int64_t n) {
+  if (dtype == DType::kInt4) return round_up(n, kInt4Group) / kInt4Group * sizeof(Int4Activations);
+  return round_up(n, step_width(dtype)) * (dtype == DType::kBf16 ? kernels.bf16_item : 1);
+}
+
 void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n, uint8_t* out,
                  float* scale) {
   if (dtype == DType::kBf16) return kernels.prepare_bf16(x, n, out);
+  if (dtype == DType::kInt4) {
+    return kernels.prepare_int4(x, n, reinterpret_cast<Int4Activations*>(out));
+  }
   auto* bytes = reinterpret_cast<int8_t*>(out);
   *scale = kernels.quantize_row(x, n, bytes);
   std::fill(bytes + n, bytes + round_up(n, 4), int8_t{0});
@@ -61,8 +70,7 @@ Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t str
   uint8_t* data = nullptr;
   float* scales = nullptr;
   if (dtype != DType::kFloat32) {
-    const int64_t item = dtype == DType::kBf16 ? kernels.bf16_item : 1;
-    out.stride = round_up(round_up(n, step_width(dtype)) * item, 64);
+    out.stride = round_up(row_bytes(kernels, dtype, n), 64);
     out.data = data = ctx.activations.get<uint8_t>(rows * out.stride);
     out.row_scale = scales = ctx.row_scales.get<float>(rows);
   }

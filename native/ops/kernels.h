@@ -9,9 +9,17 @@
 
 namespace xds {
 
+// Activations of one group of 32 k, as the 4-bit GEMM reads them; a row is one per group.
+struct Int4Activations {
+  int8_t values[32];  // zero beyond the end of the row
+  float scale;
+  float sum;  // scale * sum of values: what multiplies a weight's low
+};
+
 // One panel of a GEMM: c[rows, cols] = a[rows, k] times up to 32 output features (+ bias).
 struct PanelTask {
-  const uint8_t* a;      // prepared activations: float32, or prepare_bf16 / quantize_row rows
+  const uint8_t* a;      // prepared activations: float32, or prepare_bf16 / quantize_row /
+                         // prepare_int4 rows
   ptrdiff_t a_stride;    // bytes between rows
   int64_t rows;
   const uint8_t* b;      // panel, see layout.h
@@ -76,11 +84,13 @@ struct Kernels {
   bool s8_offset;  // int8 activations of panel_gemm are stored as value + 128
   int64_t bf16_item;  // bytes per element of a prepare_bf16 row (2 or 4)
 
-  void (*panel_gemm[3])(const PanelTask& task);  // by DType
+  void (*panel_gemm[4])(const PanelTask& task);  // by DType
   // Round a row to bf16 in the form panel_gemm reads, padded with zero to an even length.
   void (*prepare_bf16)(const float* x, int64_t n, void* out);
   // Quantize a row to [-127, 127]; returns the scale.
   float (*quantize_row)(const float* x, int64_t n, int8_t* out);
+  // Quantize each group of 32 of a row on its own.
+  void (*prepare_int4)(const float* x, int64_t n, Int4Activations* out);
 
   void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* out);
   void (*add_row)(const float* a, const float* b, int64_t n, float* out);

@@ -8,6 +8,7 @@ inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 #include "kernels_rows.inl"
 #include "kernels_select.inl"
 #include "kernels_attend.inl"
+#include "kernels_gemm4.inl"
 
 constexpr Kernels make_table(const char* name) {
   Kernels table{};
@@ -17,8 +18,10 @@ constexpr Kernels make_table(const char* name) {
   table.panel_gemm[0] = panel_gemm<F32Product, kFloatRows>;
   table.panel_gemm[1] = panel_gemm<Bf16Product, kBf16Rows>;
   table.panel_gemm[2] = panel_gemm<Int8Product, kInt8Rows>;
+  table.panel_gemm[3] = int4_gemm;
   table.prepare_bf16 = prepare_bf16;
   table.quantize_row = quantize_row;
+  table.prepare_int4 = prepare_int4;
   table.rms_norm_row = rms_norm_row;
   table.add_row = add_row;
   table.axpy_row = axpy_row;

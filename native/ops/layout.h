@@ -2,12 +2,16 @@
 // file serves every machine.
 //
 // A weight is G groups (experts or heads) of N output features by K inner features. N is padded to
-// Np = a multiple of 32 (one panel = 32 outputs), K to Kp = a multiple of 1 (float32), 2 (bf16) or
-// 4 (int8); padding is zero. Element (n, k) of a panel, n counted within the panel:
+// Np = a multiple of 32 (one panel = 32 outputs), K to Kp = a multiple of 1 (float32), 2 (bf16),
+// 4 (int8) or 32 (int4); padding is zero. Element (n, k) of a panel, n counted within the panel:
 //
 //   float32   [Np/32][Kp]  [32]        one k-step  = 128 bytes: n0 n1 ... n31
 //   bf16      [Np/32][Kp/2][32][2]     one k-pair  = 128 bytes: n0k0 n0k1 n1k0 n1k1 ... n31k1
 //   int8      [Np/32][Kp/4][32][4]     one k-quad  = 128 bytes: n0k0 n0k1 n0k2 n0k3 n1k0 ... n31k3
+//   int4      [Np/32][Kp/32][640]      one step of 32 k: 4 k-octets of 128 bytes, then 64 bf16 pairs
+//     octet   [32][4]                  byte j of output n: k = j in the low nibble, 4 + j in the high
+//     scales  [16][2]                  n0 n16 n1 n17 ... n15 n31, bf16
+//     lows    [16][2]                  the same order; weight = scale * nibble + low
 //
 // One group in memory; every part is a multiple of 128 bytes, so groups need no further padding:
 //
@@ -25,10 +29,14 @@
 
 namespace xds {
 
-enum class DType { kFloat32 = 0, kBf16 = 1, kInt8 = 2 };
+enum class DType { kFloat32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+
+inline constexpr int kDTypes = 4;
 
 inline constexpr int64_t kPanel = 32;       // output features of one panel
-inline constexpr int64_t kStepBytes = 128;  // bytes of one k-step of a panel, for every type
+inline constexpr int64_t kStepBytes = 128;  // bytes of one k-step of a panel; int4: of an octet
+inline constexpr int64_t kInt4Group = 32;  // inner features that share a scale and a low
+inline constexpr int64_t kInt4StepBytes = 4 * kStepBytes + 2 * 2 * kPanel;
 inline constexpr int64_t kMaxInner = 131072;  // K limit: 127 * 127 * K stays below 2^31
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -37,7 +45,12 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 
 // Inner features in one k-step.
 inline int64_t step_width(DType dtype) {
-  return dtype == DType::kFloat32 ? 1 : dtype == DType::kBf16 ? 2 : 4;
+  constexpr int64_t kWidths[kDTypes] = {1, 2, 4, kInt4Group};
+  return kWidths[static_cast<int>(dtype)];
+}
+
+inline int64_t step_bytes(DType dtype) {
+  return dtype == DType::kInt4 ? kInt4StepBytes : kStepBytes;
 }
 
 // One packed weight: where its parts lie.
@@ -50,7 +63,7 @@ struct Weight {
 
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
   int64_t steps() const { return round_up(k, step_width(dtype)) / step_width(dtype); }
-  int64_t panel_bytes() const { return steps() * kStepBytes; }
+  int64_t panel_bytes() const { return steps() * step_bytes(dtype); }
   int64_t group_bytes() const {
     const int64_t tail = dtype == DType::kInt8 ? panels() * kPanel * 8 : 0;
     return panels() * panel_bytes() + tail;

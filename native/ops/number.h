@@ -44,6 +44,13 @@ inline constexpr float kRoundMagic = 12582912.0f;
   return static_cast<int8_t>(static_cast<int32_t>((clamped + kRoundMagic) - kRoundMagic));
 }
 
+// Round value to [0, 15]; NaN becomes 0.
+[[maybe_unused]] inline int to_int4(float value) {
+  const float low = value > 0.0f ? value : 0.0f;
+  const float clamped = low < 15.0f ? low : 15.0f;
+  return static_cast<int>((clamped + kRoundMagic) - kRoundMagic);
+}
+
 struct Int8Scale {
   float inverse;
   float scale;

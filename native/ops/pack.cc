@@ -39,6 +39,43 @@ void pack_float_row(const float* row, int64_t k, uint8_t* at) {
   for (int64_t i = 0; i < k; ++i) std::memcpy(at + step_offset(i, 1), row + i, 4);
 }
 
+// Byte 0 of the four that an output n of a panel has in octet `octet` of a step.
+int64_t octet_offset(int64_t n, int64_t octet) { return octet * kStepBytes + 4 * n; }
+
+// Where the scale of output n of a panel lies in a step; its low lies 2 * kPanel bytes further.
+int64_t scale_offset(int64_t n) { return 4 * kStepBytes + (n % 16 * 2 + n / 16) * 2; }
+
+// One group of a row: the smallest value is nibble 0, the largest nibble 15.
+void pack_int4_group(const float* row, int64_t count, int64_t n, uint8_t* step) {
+  const auto [smallest, largest] = std::minmax_element(row, row + count);
+  const uint16_t low_bits = to_bf16(*smallest);
+  const uint16_t scale_bits = to_bf16((*largest - *smallest) / 15.0f);
+  const float low = from_bf16(low_bits), scale = from_bf16(scale_bits);
+  const float inverse = scale < kTinyRow ? 0.0f : 1.0f / scale;
+  for (int64_t i = 0; i < count; ++i) {
+    const int value = to_int4((row[i] - low) * inverse);
+    step[octet_offset(n, i / 8) + i % 4] |= static_cast<uint8_t>(value << (i % 8 / 4 * 4));
+  }
+  std::memcpy(step + scale_offset(n), &scale_bits, 2);
+  std::memcpy(step + scale_offset(n) + 2 * kPanel, &low_bits, 2);
+}
+
+void pack_int4_row(const float* row, int64_t k, int64_t n, uint8_t* panel) {
+  for (int64_t first = 0; first < k; first += kInt4Group, panel += kInt4StepBytes) {
+    pack_int4_group(row + first, std::min(kInt4Group, k - first), n, panel);
+  }
+}
+
+float int4_element(const uint8_t* panel, int64_t n, int64_t k) {
+  const uint8_t* step = panel + k / kInt4Group * kInt4StepBytes;
+  const int64_t i = k % kInt4Group;
+  const int byte = step[octet_offset(n, i / 8) + i % 4];
+  uint16_t scale, low;
+  std::memcpy(&scale, step + scale_offset(n), 2);
+  std::memcpy(&low, step + scale_offset(n) + 2 * kPanel, 2);
+  return static_cast<float>(byte >> (i % 8 / 4 * 4) & 15) * from_bf16(scale) + from_bf16(low);
+}
+
 float element(DType dtype, const uint8_t* row, int64_t k, float scale) {
   const uint8_t* at = row + step_offset(k, step_width(dtype));
   if (dtype == DType::kInt8) return static_cast<float>(static_cast<int8_t>(*at)) * scale;
@@ -61,10 +98,12 @@ void pack_panel(const float* values, const Weight& shape, int64_t group, int64_t
   auto* scales = reinterpret_cast<float*>(base + shape.panels() * shape.panel_bytes());
   auto* sums = reinterpret_cast<int32_t*>(scales + shape.panels() * kPanel);
   std::fill_n(at, shape.panel_bytes(), uint8_t{0});
+  uint8_t* const panel_start = at;
   for (int64_t n = panel * kPanel; n < (panel + 1) * kPanel; ++n, at += 4) {
     const bool is_padding = n >= shape.n;
     const float* row = values + (group * shape.n + n) * shape.k;
     const int64_t k = is_padding ? 0 : shape.k;
+    if (shape.dtype == DType::kInt4) pack_int4_row(row, k, n % kPanel, panel_start);
     if (shape.dtype == DType::kInt8) pack_int8_row(row, k, at, scales + n, sums + n);
     if (shape.dtype == DType::kBf16) pack_bf16_row(row, k, at);
     if (shape.dtype == DType::kFloat32) pack_float_row(row, k, at);
@@ -72,12 +111,17 @@ void pack_panel(const float* values, const Weight& shape, int64_t group, int64_t
 }
 
 void unpack(const Weight& weight, float* out) {
+  const bool is_int4 = weight.dtype == DType::kInt4;
   const bool scaled = weight.dtype == DType::kInt8;
   for (int64_t g = 0; g < weight.groups; ++g) {
     for (int64_t n = 0; n < weight.n; ++n) {
-      const uint8_t* row = weight.panel(g, n / kPanel) + n % kPanel * 4;
+      const uint8_t* panel = weight.panel(g, n / kPanel);
+      const uint8_t* row = panel + n % kPanel * 4;
       const float scale = scaled ? weight.scales(g)[n] : 1.0f;
-      for (int64_t k = 0; k < weight.k; ++k) *out++ = element(weight.dtype, row, k, scale);
+      for (int64_t k = 0; k < weight.k; ++k) {
+        *out++ = is_int4 ? int4_element(panel, n % kPanel, k)
+                         : element(weight.dtype, row, k, scale);
+      }
     }
   }
 }

@@ -100,11 +100,35 @@ inline F16 dot_result(I16 acc, const int32_t* /*col_sum*/) {
   return {_mm256_cvtepi32_ps(acc.lo), _mm256_cvtepi32_ps(acc.hi)};
 }
 
+inline I16 load_bytes(const uint8_t* p) { return {load_int(p), load_int(p + 32)}; }
+inline I16 low_nibbles(I16 bytes) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  return {_mm256_and_si256(bytes.lo, mask), _mm256_and_si256(bytes.hi, mask)};
+}
+inline I16 high_nibbles(I16 bytes) {
+  return low_nibbles({_mm256_srli_epi16(bytes.lo, 4), _mm256_srli_epi16(bytes.hi, 4)});
+}
+// Sums of pairs in 16 bits: eight of at most 2 * 15 * 127 stay below 2^15.
+inline I16 nibble_dot(I16 acc, I16 w, const int8_t* a) {
+  int32_t quad;
+  std::memcpy(&quad, a, 4);
+  const __m256i x = _mm256_set1_epi32(quad);
+  return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x)),
+          _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x))};
+}
+inline F16 nibble_result(I16 acc) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_cvtepi32_ps(_mm256_madd_epi16(acc.lo, ones)),
+          _mm256_cvtepi32_ps(_mm256_madd_epi16(acc.hi, ones))};
+}
+
 constexpr bool kS8Offset = false;
 constexpr int kFloatRows = 6;  // 12 accumulators of 16 registers
 constexpr int kBf16Rows = 5;   // one more register for the mask
 constexpr int kInt8Rows = 4;   // and for |a| and the ones
 constexpr int kDoubleRows = 3;  // attention tiles of up to this many rows take two vectors
+constexpr int kInt4Rows = 4;
+constexpr int kInt4WideRows = 2;
 constexpr int kTileVecs = 1;
 constexpr int kWideRows = 2;
 constexpr int kFewRows = 12;

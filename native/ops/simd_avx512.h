@@ -44,6 +44,13 @@ inline float reduce_max(F16 a) {
 }
 
 inline __m512i load_int(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline F16 pair_odd(const uint8_t* p) {
+  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(load_int(p), mask))};
+}
+inline F16 pair_even(const uint8_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(load_int(p), 16))};
+}
 inline __m512i broadcast4(const uint8_t* p) {
   int32_t quad;
   std::memcpy(&quad, p, 4);
@@ -72,6 +79,17 @@ inline F16 dot_result(I16 acc, const int32_t* col_sum) {
   return {_mm512_cvtepi32_ps(_mm512_sub_epi32(acc.v, _mm512_slli_epi32(sums, 7)))};
 }
 
+inline I16 load_bytes(const uint8_t* p) { return {load_int(p)}; }
+inline I16 low_nibbles(I16 bytes) {
+  return {_mm512_and_si512(bytes.v, _mm512_set1_epi32(0x0F0F0F0F))};
+}
+inline I16 high_nibbles(I16 bytes) { return low_nibbles({_mm512_srli_epi32(bytes.v, 4)}); }
+// Here the weights are the unsigned bytes, the activations signed.
+inline I16 nibble_dot(I16 acc, I16 w, const int8_t* a) {
+  return {_mm512_dpbusd_epi32(acc.v, w.v, broadcast4(reinterpret_cast<const uint8_t*>(a)))};
+}
+inline F16 nibble_result(I16 acc) { return {_mm512_cvtepi32_ps(acc.v)}; }
+
 #define XDS_BF16_PAIRS 1  // dot2 exists: activations of bf16 GEMMs stay bf16
 
 constexpr bool kS8Offset = true;
@@ -79,6 +97,8 @@ constexpr int kFloatRows = 12;  // 24 accumulators of 32 registers
 constexpr int kBf16Rows = 12;
 constexpr int kInt8Rows = 12;
 constexpr int kDoubleRows = 12;
+constexpr int kInt4Rows = 6;  // 6 integer and 6 float accumulators of each vector
+constexpr int kInt4WideRows = 6;
 constexpr int kTileVecs = 2;
 constexpr int kWideRows = 12;
 constexpr int kFewRows = 0;

@@ -140,6 +140,29 @@ inline F16 dot_result(const I16& acc, const int32_t* /*col_sum*/) {
   return r;
 }
 
+inline I16 load_bytes(const uint8_t* p) {
+  I16 r;
+  std::memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline I16 low_nibbles(I16 bytes) {
+  XDS_LANES bytes.v[i] &= 0x0F0F0F0F;
+  return bytes;
+}
+inline I16 high_nibbles(I16 bytes) {
+  XDS_LANES bytes.v[i] = (bytes.v[i] >> 4) & 0x0F0F0F0F;
+  return bytes;
+}
+// acc + the dot product of each lane's four bytes below 16 with the four activation bytes; at most
+// eight of them may be summed before nibble_result.
+inline I16 nibble_dot(I16 acc, const I16& w, const int8_t* a) {
+  XDS_LANES {
+    for (int j = 0; j < 4; ++j) acc.v[i] += (w.v[i] >> (8 * j) & 15) * a[j];
+  }
+  return acc;
+}
+inline F16 nibble_result(const I16& acc) { return dot_result(acc, nullptr); }
+
 // dst[j * dst_stride + i] = src[i * src_stride + j] for an 8 by 8 tile.
 inline void transpose8(const float* src, ptrdiff_t src_stride, float* dst, ptrdiff_t dst_stride) {
   for (int i = 0; i < 8; ++i) {
@@ -154,6 +177,8 @@ constexpr int kFloatRows = 4;  // rows of a register tile of a float32 GEMM
 constexpr int kBf16Rows = 4;
 constexpr int kInt8Rows = 4;
 constexpr int kDoubleRows = 0;
+constexpr int kInt4Rows = 4;
 constexpr int kTileVecs = 1;  // 16-column vectors of a register tile
+constexpr int kInt4WideRows = 1;
 constexpr int kWideRows = 1;  // tiles of up to this many rows take both vectors of a panel
 constexpr int kFewRows = 0;   // GEMMs of up to this many rows use wide tiles only

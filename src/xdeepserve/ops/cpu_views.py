@@ -18,7 +18,12 @@ from xdeepserve.ops.types import (
     WeightDtype,
 )
 
-DTYPE_CODES = {WeightDtype.FLOAT32: 0, WeightDtype.BF16: 1, WeightDtype.INT8: 2}
+DTYPE_CODES = {
+    WeightDtype.FLOAT32: 0,
+    WeightDtype.BF16: 1,
+    WeightDtype.INT8: 2,
+    WeightDtype.INT4: 3,
+}
 SCORINGS = ("softmax", "sigmoid")
 
 _Gate = tuple[int, bool, bool, int, int, float]

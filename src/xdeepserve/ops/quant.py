@@ -1,4 +1,4 @@
-"""Number formats of the operators in NumPy: bfloat16 bits and symmetric int8 rows.
+"""Number formats of the operators in NumPy: bfloat16 bits, symmetric int8 rows, int4 groups.
 
 These are the definitions; the native core reproduces both bit for bit.
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from xdeepserve.ops.types import F32, I8
+from xdeepserve.ops.types import F32, I8, U8
 
 U16 = npt.NDArray[np.uint16]
 
 # Rows whose largest magnitude is below this count as zero: 127 / max would overflow.
 TINY_ROW = np.float32(2.0**-100)
 INT8_MAX = np.float32(127.0)
+INT4_MAX = np.float32(15.0)
+
+INT4_GROUP = 32
+"""Neighbours in k that share a scale and a low."""
 
 
 def to_bf16(values: F32) -> U16:
@@ -49,3 +53,32 @@ def quantize_int8(rows: F32) -> tuple[I8, F32]:
     scales = np.where(is_zero, np.float32(0), largest / INT8_MAX)
     scaled = np.rint(rows * inverse[..., None])
     return np.clip(scaled, -INT8_MAX, INT8_MAX).astype(np.int8), scales.astype(np.float32)
+
+
+def split_groups(rows: F32) -> F32:
+    """[..., ceil(K / 32), 32] of rows [..., K], padded with zeros."""
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % INT4_GROUP)]
+    return np.pad(rows, padding).reshape(*rows.shape[:-1], -1, INT4_GROUP)
+
+
+def quantize_int4(rows: F32) -> tuple[U8, U16, U16]:
+    """4-bit groups of 32 of each row [..., K]: value = scale * nibble + low.
+
+    The smallest value of a group becomes nibble 0 and the largest 15, so a group that holds at most
+    16 evenly spaced values, as GGUF's Q4_1 does, keeps them up to the rounding of scale and low.
+
+    Returns:
+        nibbles [..., K] in [0, 15], bfloat16 bits of the scales and of the lows
+        [..., ceil(K / 32)].
+    """
+    count = rows.shape[-1]
+    edge = [(0, 0)] * (rows.ndim - 1) + [(0, -count % INT4_GROUP)]
+    groups = np.pad(rows, edge, mode="edge").reshape(*rows.shape[:-1], -1, INT4_GROUP)
+    smallest, largest = groups.min(axis=-1), groups.max(axis=-1)
+    scale_bits, low_bits = to_bf16((largest - smallest) / INT4_MAX), to_bf16(smallest)
+    scales, lows = from_bf16(scale_bits), from_bf16(low_bits)
+    is_flat = scales < TINY_ROW
+    inverse = np.where(is_flat, np.float32(0), np.float32(1) / np.where(is_flat, 1, scales))
+    nibbles = np.rint((groups - lows[..., None]) * inverse.astype(np.float32)[..., None])
+    flat = np.clip(nibbles, 0, INT4_MAX).astype(np.uint8).reshape(*rows.shape[:-1], -1)
+    return flat[..., :count], scale_bits, low_bits

@@ -10,7 +10,7 @@ import numpy as np
 from xdeepserve.ops import composed
 from xdeepserve.ops import reference_attention as attention
 from xdeepserve.ops import reference_sampling as sampling
-from xdeepserve.ops.quant import from_bf16, quantize_int8, round_bf16
+from xdeepserve.ops.quant import from_bf16, quantize_int8, round_bf16, split_groups
 from xdeepserve.ops.reference_weights import LAYOUT, Weight, pack_rows, unpack_rows
 from xdeepserve.ops.types import (
     F32,
@@ -178,9 +178,26 @@ def _matmul(x: F32, weight: Weight) -> F32:
         for t, row in enumerate(quantized.astype(np.int32)):
             out[t] = (wide @ row).astype(np.float32) * (row_scales[t] * weight.scales)
         return out
+    if weight.dtype is WeightDtype.INT4:
+        for t, row in enumerate(x):
+            out[t] = _int4_row(row, weight)
+        return out
     values = weight.dequantized()
     for t, row in enumerate(round_bf16(x) if weight.dtype is WeightDtype.BF16 else x):
         out[t] = values @ np.ascontiguousarray(row)
+    return out
+
+
+def _int4_row(row: F32, weight: Weight) -> F32:
+    """[N]: groups of 32 k in ascending order, every product and sum rounded to float32."""
+    quantized, scales = quantize_int8(split_groups(row))
+    sums = scales * quantized.sum(axis=1, dtype=np.int32).astype(np.float32)
+    nibbles = split_groups(weight.values).astype(np.int32)
+    dots = (nibbles * quantized.astype(np.int32)).sum(axis=2).astype(np.float32)
+    out = np.zeros(weight.num_out, np.float32)
+    for g, scale in enumerate(scales):
+        out = out + dots[:, g] * (scale * weight.scales[:, g])
+        out = out + sums[g] * weight.lows[:, g]
     return out
 
 

@@ -29,12 +29,16 @@ class WeightDtype(enum.StrEnum):
     float32: float32 weights and activations. bf16: weights and the activations entering the GEMM
     rounded to bfloat16 (nearest even), float32 accumulation. int8: symmetric int8 weights with one
     scale per output feature, activations quantized per row at run time to [-127, 127], exact int32
-    accumulation, result = float(acc) * (row_scale * column_scale).
+    accumulation, result = float(acc) * (row_scale * column_scale). int4: each group of 32
+    neighbours in k of an output is scale * nibble + low, nibble in [0, 15], scale and low bf16;
+    activations are quantized per group of 32 as int8 quantizes a row; group dot products are exact
+    and added in float32 in ascending order of k, without fused multiply-adds (see `quant`).
     """
 
     FLOAT32 = "float32"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
 
 
 @dataclass(frozen=True, slots=True)

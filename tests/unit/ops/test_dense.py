@@ -35,7 +35,7 @@ def test_linear_agrees_with_reference(
         x = normal(rng, rows, shape[1])
         got = cpu.linear(x, packed, used_bias)
         want = reference.linear(x, oracle, used_bias)
-        if dtype is WeightDtype.INT8:
+        if dtype in (WeightDtype.INT8, WeightDtype.INT4):
             np.testing.assert_array_equal(got, want)
         else:
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
@@ -67,12 +67,12 @@ def test_thread_count_does_not_touch_bits(
     np.testing.assert_array_equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("dtype", [WeightDtype.BF16, WeightDtype.INT8])
+@pytest.mark.parametrize("dtype", [WeightDtype.BF16, WeightDtype.INT8, WeightDtype.INT4])
 def test_every_instruction_set_gives_the_same_bits(
     rng: np.random.Generator, dtype: WeightDtype
 ) -> None:
     # A product of two bf16 is exact in float32, and int32 sums are exact: fused or not, the order
-    # of accumulation alone decides.
+    # of accumulation alone decides. int4 rounds each product before it is added, everywhere.
     weight, x = normal(rng, 70, 129), normal(rng, 9, 129)
     results = []
     for isa in ISAS:
@@ -149,7 +149,12 @@ def test_swiglu_agrees_with_reference(
         x, reference.pack(gate_up, dtype=dtype), reference.pack(down, dtype=dtype)
     )
     # Rounding of the inner activations may fall either way: one step of the number format.
-    tolerance = {WeightDtype.FLOAT32: 1e-5, WeightDtype.BF16: 2e-2, WeightDtype.INT8: 5e-2}[dtype]
+    tolerance = {
+        WeightDtype.FLOAT32: 1e-5,
+        WeightDtype.BF16: 2e-2,
+        WeightDtype.INT8: 5e-2,
+        WeightDtype.INT4: 5e-2,
+    }[dtype]
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance)
 
 
