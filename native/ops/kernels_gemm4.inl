@@ -11,6 +11,7 @@ inline void add_group(F16 (&acc)[R][V], const Int4Activations* const (&a)[R], in
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) sums[r][v] = int_zero();
   }
+#pragma GCC unroll 1  // unrolled, compilers regroup the integer sums and spill them
   for (int step = 0; step < 4; ++step) {
     for (int v = 0; v < V; ++v) {
       const I16 bytes = load_bytes(b + kStepBytes * step + 64 * (half + v));
@@ -58,7 +59,9 @@ inline void int4_tile(const PanelTask& t, int64_t first, int half, Prefetch& fet
 
 template <int Rows>
 void int4_tiles(const PanelTask& t) {
-  Prefetch fetch(t.next, t.steps * kInt4StepBytes, kInt4StepBytes / 64);
+  constexpr int64_t kLines = kInt4StepBytes / 64;
+  const bool is_one_pass = t.rows <= kInt4WideRows;
+  Prefetch fetch(t.next, t.steps * kInt4StepBytes, is_one_pass ? kLines : kLines / 2);
   for_row_tiles<Rows>(t.rows, [&](auto size, int64_t first) {
     constexpr int R = size;
     constexpr int V = R <= kInt4WideRows ? 2 : 1;
@@ -69,7 +72,7 @@ void int4_tiles(const PanelTask& t) {
 }
 
 void int4_gemm(const PanelTask& t) {
-  if (t.rows <= kInt4WideRows) return int4_tiles<kInt4WideRows>(t);
+  if (t.rows <= kInt4FewRows) return int4_tiles<kInt4WideRows>(t);
   int4_tiles<kInt4Rows>(t);
 }
 

@@ -99,6 +99,7 @@ constexpr int kInt8Rows = 12;
 constexpr int kDoubleRows = 12;
 constexpr int kInt4Rows = 6;  // 6 integer and 6 float accumulators of each vector
 constexpr int kInt4WideRows = 6;
+constexpr int kInt4FewRows = 0;
 constexpr int kTileVecs = 2;
 constexpr int kWideRows = 12;
 constexpr int kFewRows = 0;

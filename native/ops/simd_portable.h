@@ -180,5 +180,6 @@ constexpr int kDoubleRows = 0;
 constexpr int kInt4Rows = 4;
 constexpr int kTileVecs = 1;  // 16-column vectors of a register tile
 constexpr int kInt4WideRows = 1;
+constexpr int kInt4FewRows = 0;
 constexpr int kWideRows = 1;  // tiles of up to this many rows take both vectors of a panel
 constexpr int kFewRows = 0;   // GEMMs of up to this many rows use wide tiles only
