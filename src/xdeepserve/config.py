@@ -41,14 +41,14 @@ SPECULATIONS = ("off", "ngram", "mtp")
 MAX_SPECULATIVE_TOKENS = 16
 """More than that in a row are hardly ever accepted."""
 
-DTYPES = ("auto", "float32", "bf16", "int8")
+DTYPES = ("auto", "float32", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which weights, in which precision, on how many threads."""
 
-    dtype: str = option("auto", "Weight precision: auto (bf16), float32, bf16 or int8 (W8A8).")
+    dtype: str = option("auto", "Weights: auto (bf16), float32, bf16, int8 (W8A8) or int4 (W4A8).")
     backend: str = option("cpu", "Operator backend: cpu (native) or reference (NumPy, slow).")
     num_threads: int = option(0, "Operator threads; 0 = one per available core.")
 

@@ -31,7 +31,8 @@ from xdeepserve.testing.toy_models import toy_checkpoint
 pytestmark = pytest.mark.slow
 
 SEEDS = range(5)
-DTYPES = ("bf16", "int8")
+SAMPLED_DTYPES = ("bf16", "int8")
+DTYPES = (*SAMPLED_DTYPES, "int4")
 
 ROUTED = (
     Topology(attention=1, expert=1),
@@ -91,19 +92,21 @@ def varied(topology: Topology, num_microbatches: int, number: int) -> Topology:
 
 
 def sample() -> list[Cell]:
-    """Every MoE family in both precisions; every topology and number of microbatches somewhere.
+    """Every MoE family in two precisions; every topology and number of microbatches somewhere.
 
     One cell is in float32, where not even a last bit is lost to rounding on the way to a logprob.
     """
     cells = []
     for number, model in enumerate(("mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "llama3")):
-        for idx, dtype in enumerate(DTYPES):
+        for idx, dtype in enumerate(SAMPLED_DTYPES):
             topology = TOYS[model][(number + idx) % len(TOYS[model])]
             count = 1 + (number + idx + 1) % 2
             cells.append(Cell(model, dtype, varied(topology, count, number // 2)))
     overlapped = replace(WITH_FFN[-1], num_microbatches=2, share_experts=True)
     cells.append(Cell("glm4_moe", "float32", overlapped))
+    cells.append(Cell("deepseek_v3", "int4", overlapped))
     cells.append(Cell("smollm2-135m-moe8", "int8", overlapped))
+    cells.append(Cell("smollm2-135m-moe8", "int4", overlapped))
     cells.append(Cell(MTP_TOY, "bf16", replace(overlapped, speculation="mtp")))
     cells.append(Cell("glm4_moe", "bf16", replace(WITH_FFN[-1], speculation="ngram")))
     return cells

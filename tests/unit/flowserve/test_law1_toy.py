@@ -20,11 +20,12 @@ from xdeepserve.ops import F32, PackedWeight
 from xdeepserve.ops.reference import ReferenceOps
 from xdeepserve.testing.fake_clock import FakeClock
 
-DTYPES = ("float32", "bf16", "int8")
+DTYPES = ("float32", "bf16", "int8", "int4")
 CASES = (
     *((toy, dtype, "cpu") for toy in ("glm4_moe", "deepseek_v3") for dtype in DTYPES),
     ("glm4_moe", "float32", "reference"),
     ("deepseek_v3", "int8", "reference"),
+    ("glm4_moe", "int4", "reference"),
 )
 NUM_REQUESTS = {"cpu": 16, "reference": 4}
 """Per operator backend; the reference is slow."""

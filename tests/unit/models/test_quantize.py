@@ -8,6 +8,7 @@ from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.ops import WeightDtype
 
 F32, BF16, INT8 = WeightDtype.FLOAT32, WeightDtype.BF16, WeightDtype.INT8
+INT4 = WeightDtype.INT4
 
 
 @pytest.mark.parametrize(
@@ -36,9 +37,17 @@ def test_first_tenth_and_last_layer_stay_bf16() -> None:
     assert kept == [0, 1, 2, 29]
 
 
+@pytest.mark.parametrize("name", ["ffn.gate_up", "experts.down", "attention.qkv", "router.weight"])
+@pytest.mark.parametrize("idx", [0, 2, 3, 28, 29])
+def test_int4_is_what_int8_would_be(idx: int, name: str) -> None:
+    weight = f"layers.{idx}.{name}"
+    int8, int4 = (DtypePolicy(dtype, num_layers=30).linear(weight) for dtype in (INT8, INT4))
+    assert int4 is (INT4 if int8 is INT8 else int8)
+
+
 def test_layer_13_is_not_layer_1() -> None:
     assert DtypePolicy(INT8, num_layers=2).linear("layers.13.ffn.down") is INT8
 
 
 def test_embedding() -> None:
-    assert [DtypePolicy(dtype, 4).embedding for dtype in (F32, BF16, INT8)] == [F32, BF16, BF16]
+    assert [DtypePolicy(dtype, 4).embedding for dtype in WeightDtype] == [F32, BF16, BF16, BF16]
