@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from xdeepserve.clock import SYSTEM_CLOCK, Clock
 from xdeepserve.models.decoder import Model
 from xdeepserve.ops import I32
+from xdeepserve.transformerless.exchange_limit import EXCHANGE_TIMEOUT_S, ExchangeLimit
 from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.module_server import ModuleServer
 from xdeepserve.transformerless.partition import partition
@@ -92,9 +94,10 @@ class ModuleThreads:
         self,
         rank: int = 0,
         *,
-        timeout_s: float = 20.0,
+        timeout_s: float = EXCHANGE_TIMEOUT_S,
         frozen_after_s: float = 5.0,
         share: ExpertShare | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> XcclTransport:
         """The transport of an attention rank, linked to all servers."""
         port, table = self.port(rank, frozen_after_s=frozen_after_s), self.routing.current
@@ -105,7 +108,7 @@ class ModuleThreads:
             routing=self.routing,
             stage_times=StageTimes(),
             share=share,
-            timeout_s=timeout_s,
+            limit=ExchangeLimit(timeout_s, clock),
         )
 
     def close(self) -> None:

@@ -13,10 +13,13 @@ from typing import Any, Final
 
 from xdeepserve.config import EngineConfig, GatewayConfig, ModelConfig, option
 from xdeepserve.errors import ConfigError
+from xdeepserve.transformerless.exchange_limit import EXCHANGE_TIMEOUT_S
 
 ROLES: Final = ("attention", "ffn", "expert")
 MAX_WORKERS_PER_ROLE: Final = 256
 MIN_CAPACITY: Final = 4
+MIN_BUSY_TIMEOUT_S: Final = 1.5 * EXCHANGE_TIMEOUT_S
+"""With FFN or expert workers: what a silent one owes is computed after the exchange has ended."""
 
 CoreLists = tuple[tuple[int, ...], ...]
 Slices = tuple[tuple[int, int], ...]
@@ -138,7 +141,9 @@ class SupervisionConfig:
         0.5, "An FFN or expert worker without a sign of life for so long is gone round."
     )
     busy_timeout_s: float = option(
-        60.0, "A worker that lives but makes no progress for this long is killed."
+        60.0,
+        "A worker that lives but makes no progress for this long is killed. At least 30 with FFN "
+        "or expert workers: a group may wait 20 s for one.",
     )
     start_timeout_s: float = option(300.0, "A worker that is not ready after this long is killed.")
     drain_timeout_s: float = option(30.0, "Time a worker gets to finish its work before SIGTERM.")
@@ -159,6 +164,11 @@ class SupervisionConfig:
             f"freeze_timeout_s={self.freeze_timeout_s} must be at least twice "
             f"heartbeat_interval_s={self.heartbeat_interval_s}, or one lost ping kills a worker",
         )
+        _require(
+            self.busy_timeout_s >= 2 * self.heartbeat_interval_s,
+            f"busy_timeout_s={self.busy_timeout_s} must be at least twice "
+            f"heartbeat_interval_s={self.heartbeat_interval_s}, or working workers are killed",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +185,16 @@ class Deployment:
     gateway: GatewayConfig = option(GatewayConfig(), "The HTTP edge.")
     slo: SloConfig = option(SloConfig(), "Service-level objectives.")
     supervision: SupervisionConfig = option(SupervisionConfig(), "Watching and restarting.")
+
+    def __post_init__(self) -> None:
+        busy_timeout_s, others = self.supervision.busy_timeout_s, self.counts()
+        del others["attention"]
+        _require(
+            busy_timeout_s >= MIN_BUSY_TIMEOUT_S or not any(others.values()),
+            f"supervision: busy_timeout_s={busy_timeout_s} must be at least "
+            f"{MIN_BUSY_TIMEOUT_S:g} with FFN or expert workers: a DP group may wait "
+            f"{EXCHANGE_TIMEOUT_S:g} s for one of them before it goes on without it",
+        )
 
     def role(self, name: str) -> RoleSpec:
         """The spec of one of ROLES.

@@ -72,29 +72,24 @@ class RoutingTable:
         if not ranks:
             none = np.zeros((len(placed), 0), np.int32)
             return cls(epoch, tuple(ffn_ranks), (), none, none)
-        rank_of_slot = np.repeat(np.asarray(ranks, np.int32), placed.shape[1] // len(ranks))
-        replicas = np.stack([np.bincount(row[row >= 0], minlength=num_experts) for row in placed])
+        replicas = _count(placed, num_experts)
         if (replicas == 0).any():
             layer_idx, expert = np.argwhere(replicas == 0)[0]
             raise ConfigError(f"layer {layer_idx}: expert {expert} has no replica")
-        table = np.full((len(placed), int(replicas.max()), num_experts), NOBODY, np.int32)
-        for layer_idx, row in enumerate(placed):
-            slots = np.argsort(row, kind="stable")[np.count_nonzero(row < 0) :]
-            nth = np.concatenate([np.arange(count) for count in replicas[layer_idx]])
-            table[layer_idx, nth, row[slots]] = rank_of_slot[slots]
-        flat = table.reshape(len(placed), -1)
-        return cls(epoch, tuple(ffn_ranks), ranks, flat, replicas.astype(np.int32))
+        owners = _owners(placed, replicas, np.asarray(ranks, np.int32))
+        return cls(epoch, tuple(ffn_ranks), ranks, owners, replicas)
 
-    def instances(self, layer_idx: int, topk_ids: I32) -> I32:
+    def instances(self, layer_idx: int, topk_ids: I32, turn: int = 0) -> I32:
         """[T, K] instance ids of experts topk_ids [T, K]; -1 stays -1.
 
-        Replicas are taken in turn by row, which spreads a step's tokens without any state.
+        Replicas are taken in turn by row, which spreads a step's tokens without any state. The
+        first row takes replica `turn`, so that a step of one row spreads too if that moves on.
         """
         num_experts = self.num_replicas.shape[1]
         if self.rank_of_instance.shape[1] == num_experts:
             return topk_ids
-        turn = np.arange(topk_ids.shape[0], dtype=np.int32)[:, None]
-        nth = turn % self.num_replicas[layer_idx][topk_ids]
+        turns = np.arange(turn, turn + topk_ids.shape[0])[:, None]
+        nth = (turns % self.num_replicas[layer_idx][topk_ids]).astype(np.int32)
         instances: I32 = topk_ids + nth * np.int32(num_experts)
         return np.where(topk_ids < 0, np.int32(NOBODY), instances)
 
@@ -126,6 +121,28 @@ def _check(placed: I32, num_experts: int, num_ranks: int) -> None:
         )
     if placed.size and not NOBODY <= placed.min() <= placed.max() < num_experts:
         raise ConfigError(f"a placement names an expert outside [0, {num_experts})")
+
+
+def _count(placed: I32, num_experts: int) -> I32:
+    """[L, E]: slots of each expert."""
+    num_layers = len(placed)
+    places = np.arange(num_layers)[:, None] * num_experts + placed
+    counts = np.bincount(places[placed >= 0], minlength=num_layers * num_experts)
+    return counts.reshape(num_layers, num_experts).astype(np.int32)
+
+
+def _owners(placed: I32, replicas: I32, ranks: I32) -> I32:
+    """[L, R * E]: see rank_of_instance. All layers at once: a swap must not hold up a step."""
+    num_layers, num_slots = placed.shape
+    order = np.argsort(placed, axis=1, kind="stable")  # empty slots first, then by expert
+    experts = np.take_along_axis(placed, order, axis=1)
+    layers, places = np.nonzero(experts >= 0)
+    expert = experts[layers, places]
+    first = num_slots - replicas[:, ::-1].cumsum(axis=1)[:, ::-1]
+    owners = np.full((num_layers, int(replicas.max()), replicas.shape[1]), NOBODY, np.int32)
+    owner = np.repeat(ranks, num_slots // len(ranks))[order[layers, places]]
+    owners[layers, places - first[layers, expert], expert] = owner
+    return owners.reshape(num_layers, -1)
 
 
 class LiveRouting:

@@ -10,9 +10,10 @@ from xdeepserve.transformerless.own_experts import OwnExperts
 
 
 class XcclHandle:
-    """An exchange under way: what was asked of others, and what was computed here."""
+    """An exchange under way: what was asked of others until when, and what was computed here."""
 
     __slots__ = (
+        "deadline_s",
         "experts",
         "ffn",
         "hidden_states",
@@ -26,12 +27,18 @@ class XcclHandle:
     )
 
     def __init__(
-        self, tag: StepTag, hidden_states: F32, topk_ids: I32 | None, topk_weights: F32 | None
+        self,
+        tag: StepTag,
+        hidden_states: F32,
+        topk_ids: I32 | None,
+        topk_weights: F32 | None,
+        deadline_s: float,
     ) -> None:
         self.tag = tag
         self.hidden_states = hidden_states
         self.topk_ids = topk_ids
         self.topk_weights = topk_weights
+        self.deadline_s = deadline_s
         self.ffn: FfnLeg | None = None
         self.experts: ExpertLeg | None = None
         self.own_experts: OwnExperts | None = None

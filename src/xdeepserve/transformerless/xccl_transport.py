@@ -21,6 +21,7 @@ from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.eplb import ExpertLoadStats
 from xdeepserve.errors import PeerLost, XcclError, XcclTimeout
 from xdeepserve.ops import F32, I32
+from xdeepserve.transformerless.exchange_limit import DEFAULT_LIMIT, ExchangeLimit
 from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, Leg
 from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag, use_up
@@ -31,9 +32,6 @@ from xdeepserve.transformerless.routing import NOBODY, LiveRouting
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
 from xdeepserve.transformerless.xccl_handle import XcclHandle
 from xdeepserve.xccl import Port, Tag
-
-ANSWER_TIMEOUT_S: Final = 20.0
-"""A rank that lives but has not answered for so long is given up for this exchange."""
 
 MAX_MOVES: Final = 16
 """Times that a leg is given to others before this process computes it itself."""
@@ -55,7 +53,7 @@ class XcclTransport:
         stage_times: StageTimes,
         load_stats: ExpertLoadStats | None = None,
         share: ExpertShare | None = None,
-        timeout_s: float = ANSWER_TIMEOUT_S,
+        limit: ExchangeLimit = DEFAULT_LIMIT,
     ) -> None:
         """Connect the attention side to its modules.
 
@@ -66,7 +64,7 @@ class XcclTransport:
             stage_times: where the stages of an exchange are counted.
             load_stats: where the tokens of each expert are counted; None = nowhere.
             share: which experts are computed here while others would be waited for; None = none.
-            timeout_s: how long a rank that lives may leave a request unanswered.
+            limit: how long an exchange waits, before what is not answered is computed here.
         """
         self._port = port
         self._units = units
@@ -74,7 +72,7 @@ class XcclTransport:
         self._times = stage_times
         self._load_stats = load_stats
         self._share = share
-        self._timeout_s = timeout_s
+        self._limit = limit
         self.num_exchanges = 0
         self.num_failovers = 0
         self.num_fallbacks = 0
@@ -93,12 +91,17 @@ class XcclTransport:
         self, *, tag: StepTag, hidden_states: F32, topk_ids: I32 | None, topk_weights: F32 | None
     ) -> XcclHandle:
         """Send, then compute what this process does itself; see MoeTransport.dispatch."""
-        handle = XcclHandle(tag, hidden_states, topk_ids, topk_weights)
-        with self._times.measure(Stage.DISPATCH):
-            if len(hidden_states):
-                self._send(handle)
-        with self._times.measure(Stage.OWN_MODULES):
-            self._compute(handle)
+        deadline_s = self._limit.deadline_s()
+        handle = XcclHandle(tag, hidden_states, topk_ids, topk_weights, deadline_s)
+        try:
+            with self._times.measure(Stage.DISPATCH):
+                if len(hidden_states):
+                    self._send(handle)
+            with self._times.measure(Stage.OWN_MODULES):
+                self._compute(handle)
+        except BaseException:
+            handle.release()
+            raise
         return handle
 
     def _send(self, handle: XcclHandle) -> None:
@@ -108,15 +111,17 @@ class XcclTransport:
         tag = _tag(handle.tag, route)
         if route.ffn_rank != NOBODY and self._units.ffn[layer_idx] is not None:
             handle.ffn = FfnLeg(self._port, handle.hidden_states, route, tag)
-            self._post(handle.ffn)
+            self._post(handle.ffn, handle)
         if not table.expert_ranks or handle.topk_ids is None:
             return
         if self._load_stats is not None:
             self._load_stats.record(layer_idx, handle.topk_ids)
         if route.has_experts:
-            instances = table.instances(layer_idx, self._others_ids(handle, route.num_experts))
+            ids = self._others_ids(handle, route.num_experts)
+            # Layers of a step take turns as well, or one layer's ranks would rest together.
+            instances = table.instances(layer_idx, ids, handle.tag.step_idx + layer_idx)
             handle.experts = ExpertLeg(self._port, handle.hidden_states, instances, route, tag)
-            self._post(handle.experts)
+            self._post(handle.experts, handle)
 
     def _others_ids(self, handle: XcclHandle, num_experts: int) -> I32:
         """[T, K] experts that are asked of others; -1 = computed here, or skipped."""
@@ -143,10 +148,10 @@ class XcclTransport:
         assert handle.topk_weights is not None, "an MoE layer weighs"
         handle.routed = experts.routed(handle.hidden_states, handle.topk_ids, handle.topk_weights)
 
-    def _post(self, leg: Leg) -> None:
+    def _post(self, leg: Leg, handle: XcclHandle) -> None:
         # A slot that a lost rank blocks is posted by the wait, after its share has moved.
         with contextlib.suppress(PeerLost, XcclTimeout):
-            leg.exchange.post(self._timeout_s)
+            leg.exchange.post(self._limit.left_s(handle.deadline_s))
 
     def combine(self, handle: DispatchHandle) -> F32:
         """Wait, then add; see MoeTransport.combine.
@@ -177,19 +182,20 @@ class XcclTransport:
     def _settle(self, handle: XcclHandle) -> None:
         """Return when every leg is answered or given up."""
         while True:
-            if handle.ffn is not None and not self._finish(handle.ffn, handle.tag):
+            if handle.ffn is not None and not self._finish(handle.ffn, handle):
                 handle.give_up_ffn()
-            if handle.experts is not None and not self._finish(handle.experts, handle.tag):
+            if handle.experts is not None and not self._finish(handle.experts, handle):
                 handle.give_up_experts()
             # The answer of one may be lost with its rank while the other is waited for.
             if handle.is_answered():
                 return
 
-    def _finish(self, leg: Leg, tag: StepTag) -> bool:
-        """Return when the leg is answered, by whomever; False when nobody is left to do so."""
+    def _finish(self, leg: Leg, handle: XcclHandle) -> bool:
+        """Return when the leg is answered, by whomever; False when nobody does so in time."""
+        tag = handle.tag
         for _ in range(MAX_MOVES):
             try:
-                leg.exchange.wait(self._timeout_s)
+                leg.exchange.wait(self._limit.left_s(handle.deadline_s))
             except PeerLost as lost:
                 if not self._move(leg, lost.ranks, tag):
                     break

@@ -120,7 +120,22 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
         b"supervision: {heartbeat_interval_s: 5}",
         "freeze_timeout_s=3.0 must be at least twice heartbeat_interval_s=5",
     ),
+    "a hasty supervisor": (
+        b"supervision: {busy_timeout_s: 0.1}",
+        "supervision: busy_timeout_s=0.1 must be at least twice heartbeat_interval_s=0.25",
+    ),
+    "busy for less than an exchange": (
+        b"roles: {expert: {count: 1}}\nsupervision: {busy_timeout_s: 29.9}",
+        "supervision: busy_timeout_s=29.9 must be at least 30 with FFN or expert workers",
+    ),
 }
+
+
+def test_a_group_that_asks_nobody_may_be_killed_sooner() -> None:
+    deployment = parse_deployment(b"supervision: {busy_timeout_s: 10}")
+    assert deployment.supervision.busy_timeout_s == 10.0
+    with pytest.raises(ConfigError, match=r"busy_timeout_s=10\.0 must be at least 30"):
+        deployment.with_counts({"ffn": 1})
 
 
 @pytest.mark.parametrize("name", MALFORMED)

@@ -28,9 +28,33 @@ def test_replicas_are_taken_in_turn_by_row_and_skips_stay() -> None:
     assert table.instances(0, IDS).tolist() == [[0, 2], [5, -1], [1, 2], [5, 0]]
 
 
+@pytest.mark.parametrize("turn", [0, 1, 2, 2**40])
+def test_single_rows_take_turns_too(turn: int) -> None:
+    table = build([[2, 0, 1, 2]])
+    one_row = np.array([[2, 0]], np.int32)
+    instances = table.instances(0, one_row, turn)
+    assert instances.tolist() == [[2 + 3 * (turn % 2), 0]]
+    assert instances.dtype == np.int32
+
+
 def test_layers_have_placements_of_their_own() -> None:
     table = build([[0, 1, 2, -1], [2, -1, 1, 0]])
     assert table.rank_of_instance.tolist() == [[7, 7, 9], [9, 9, 7]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_replicas_are_numbered_in_the_order_of_their_slots(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_experts, ranks = 7, (3, 8, 4)
+    row = [*range(num_experts), *rng.integers(-1, num_experts, 8)]
+    placed = rng.permuted(np.tile(row, (4, 1)), axis=1)
+    table = RoutingTable.build(placed, num_experts=num_experts, expert_ranks=ranks)
+    by_replica = table.rank_of_instance.reshape(4, -1, num_experts)
+    for layer_idx, expert in np.ndindex(4, num_experts):
+        owners = [ranks[slot // 5] for slot in np.flatnonzero(placed[layer_idx] == expert)]
+        nobody = [-1] * (by_replica.shape[1] - len(owners))
+        assert by_replica[layer_idx, :, expert].tolist() == owners + nobody
+        assert table.num_replicas[layer_idx, expert] == len(owners)
 
 
 def test_without_expert_ranks_the_asker_computes() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,66 +10,22 @@ import pytest
 
 from tests.module_threads import FIRST_EXPERT, FIRST_FFN, ModuleThreads
 from tests.toys import toy_model
+from tests.unit.transformerless.exchanges import (
+    dispatch,
+    exchange,
+    make_call,
+    num_served,
+    silence,
+    stop,
+)
 from xdeepserve.errors import XcclError
 from xdeepserve.models.decoder import local_ffn
-from xdeepserve.models.moe import FfnCall
 from xdeepserve.models.units import ExpertUnit
 from xdeepserve.ops import F32, Ops
-from xdeepserve.testing.toy_models import pseudo_random
 from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.module_server import ModuleServer
-from xdeepserve.transformerless.moe_transport import StepTag
 from xdeepserve.transformerless.partition import Partition
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
-from xdeepserve.transformerless.xccl_transport import XcclHandle, XcclTransport
-
-HALVES = ((0, 1, 2, 3), (4, 5, 6, 7))
-MOE_LAYER = 1
-
-
-def make_call(world: ModuleThreads, num_tokens: int = 9) -> FfnCall:
-    moe = world.model.spec.moe
-    assert moe is not None
-    hidden = pseudo_random("hidden", (num_tokens, world.model.spec.hidden_size))
-    rng = np.random.default_rng(3)
-    ids = np.argsort(rng.random((num_tokens, moe.gate.num_experts)), axis=1)
-    topk_ids = np.ascontiguousarray(ids[:, : moe.gate.top_k], np.int32)
-    return FfnCall(MOE_LAYER, hidden, topk_ids, rng.random(topk_ids.shape, np.float32))
-
-
-def dispatch(transport: XcclTransport, call: FfnCall, step_idx: int = 0) -> XcclHandle:
-    return transport.dispatch(
-        tag=StepTag(step_idx, call.layer_idx, 0),
-        hidden_states=call.hidden_states,
-        topk_ids=call.topk_ids,
-        topk_weights=call.topk_weights,
-    )
-
-
-def exchange(transport: XcclTransport, call: FfnCall) -> F32:
-    return transport.combine(dispatch(transport, call))
-
-
-def stop(world: ModuleThreads, rank: int) -> None:
-    """End a server; returns when its segment is closed."""
-    server = world.servers[rank]
-    server.stop()
-    for thread in world.threads_of(rank):
-        thread.join(10.0)
-
-
-def num_served(world: ModuleThreads, rank: int) -> int:
-    """Requests that a server has answered by its end."""
-    stop(world, rank)
-    return world.servers[rank].num_requests
-
-
-@pytest.fixture
-def world() -> Iterator[ModuleThreads]:
-    """An FFN server, and two expert servers with half of the experts each."""
-    made = ModuleThreads(toy_model("glm4_moe"), num_ffn=1, placement=HALVES)
-    yield made
-    made.close()
 
 
 def test_the_share_of_a_lost_rank_goes_to_another(world: ModuleThreads) -> None:
@@ -86,11 +41,8 @@ def test_the_share_of_a_lost_rank_goes_to_another(world: ModuleThreads) -> None:
 def test_an_exchange_under_way_moves_when_its_rank_dies(world: ModuleThreads) -> None:
     transport, call = world.transport(), make_call(world)
     exchange(transport, call)
-    stop(world, FIRST_EXPERT + 1)
-    # A life that links and never serves, so that the request lies with it when it ends.
-    silent = world.port(FIRST_EXPERT + 1)
-    transport._port.discover()
-    silent.wait_linked([0], timeout_s=5.0)
+    # So that the request lies with it when it ends.
+    (silent,) = silence(world, transport, FIRST_EXPERT + 1)
     handle = dispatch(transport, call)
     closing = threading.Timer(0.05, silent.close)
     closing.start()
@@ -121,10 +73,7 @@ def test_what_nobody_serves_is_computed_by_the_asker_until_somebody_does() -> No
 
 def test_a_rank_that_lives_but_does_not_answer_is_given_up(world: ModuleThreads) -> None:
     transport, call = world.transport(timeout_s=0.05), make_call(world)
-    stop(world, FIRST_EXPERT)
-    silent = world.port(FIRST_EXPERT)
-    transport._port.discover()
-    silent.wait_linked([0], timeout_s=5.0)
+    silence(world, transport, FIRST_EXPERT)
     expected = local_ffn(world.model, call)
     for _ in range(3):
         np.testing.assert_array_equal(exchange(transport, call), expected)
@@ -222,10 +171,7 @@ def test_a_share_moves_by_the_table_in_force_even_if_it_has_fewer_replicas() -> 
     world = ModuleThreads(toy_model("glm4_moe"), placement=replicated)
     transport, call = world.transport(), make_call(world)
     exchange(transport, call)
-    stop(world, FIRST_EXPERT + 1)
-    silent = world.port(FIRST_EXPERT + 1)
-    transport._port.discover()
-    silent.wait_linked([0], timeout_s=5.0)
+    (silent,) = silence(world, transport, FIRST_EXPERT + 1)
     transport._routes.look()
     handle = dispatch(transport, call)
     world.routing.swap(world.table(placement=[range(8)], epoch=1))
