@@ -13,12 +13,16 @@ enum class TraceKind : uint32_t {
   kRecv = 1,
   kRequest = 2,  // enqueue: post called; visible: published; done: answer read
   kServe = 3,    // enqueue: published by the asker; visible: seen here; done: answer published
+  kPut = 4,      // these four: tag: offset in the window; visible = done: the call ended
+  kGet = 5,
+  kSignal = 6,
+  kAdd = 7,
 };
 
 struct TraceRecord {
   TraceKind kind;
   uint32_t peer;
-  uint64_t tag;  // p2p: the tag; rows: step_idx
+  uint64_t tag;  // p2p: the tag; rows: step_idx; windows: the offset
   uint32_t layer_idx;
   uint32_t microbatch_idx;
   uint64_t bytes;

@@ -12,12 +12,13 @@
 #pragma once
 
 #include "core.h"
+#include "trace.h"
 
 namespace xds::xccl {
 
 class Window {
  public:
-  explicit Window(Core& core) : core_(core) {}
+  Window(Core& core, Trace& trace) : core_(core), trace_(trace) {}
 
   Status put(uint32_t rank, uint64_t offset, const uint8_t* data, uint64_t bytes);
   Status get(uint32_t rank, uint64_t offset, uint8_t* out, uint64_t bytes);
@@ -29,8 +30,10 @@ class Window {
  private:
   uint64_t* word(uint32_t rank, uint64_t offset);
   Status check(uint32_t rank, uint64_t offset, uint64_t bytes);
+  void record(TraceKind kind, uint32_t rank, uint64_t offset, uint64_t bytes, int64_t enqueue_ns);
 
   Core& core_;
+  Trace& trace_;
 };
 
 }  // namespace xds::xccl

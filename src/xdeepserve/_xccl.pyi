@@ -120,7 +120,7 @@ class RecvHandle:
 
     def __init__(self, port: Port, from_rank: int, out: object) -> None: ...
     def test(self) -> bool:
-        """True when the message is in the buffer."""
+        """True when the message is in the buffer. Raises PeerLost, ValueError as `wait`."""
     def wait(self, timeout_s: float = 30.0) -> tuple[int, int]:
         """(bytes, tag). Raises PeerLost, XcclTimeout, ValueError (larger than the buffer)."""
 

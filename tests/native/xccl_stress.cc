@@ -65,7 +65,7 @@ class Rank {
         p2p_(core_, trace_),
         asker_(core_, trace_),
         server_(core_, trace_),
-        window_(core_),
+        window_(core_, trace_),
         exchange_(core_, asker_) {
     out_.resize(2000);
   }

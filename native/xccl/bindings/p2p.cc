@@ -154,7 +154,11 @@ class RecvHandle {
     if (is_done_) return true;
     check_life();
     const Status status = port_.p2p.pull(from_, buffer_->data(), buffer_->size(), state_);
-    if (status != Status::kPending) settle(status);
+    if (status != Status::kPending) {
+      settle(status);
+    } else if (port_.core.is_gone(from_)) {
+      raise_wait(port_, Status::kPeerLost, "recv from", from_);
+    }
     return is_done_;
   }
   std::tuple<uint64_t, uint32_t> wait(double timeout_s) {

@@ -31,7 +31,7 @@ struct Port {
   Port(std::shared_ptr<Segment> own, int64_t frozen_after_ns)
       : core(std::move(own), frozen_after_ns),
         p2p(core, trace),
-        window(core),
+        window(core, trace),
         asker(core, trace),
         server(core, trace) {}
 

@@ -63,6 +63,10 @@ class TraceKind(IntEnum):
     RECV = 1
     REQUEST = 2
     SERVE = 3
+    PUT = 4
+    GET = 5
+    SIGNAL = 6
+    ADD = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +74,13 @@ class TraceRecord:
     """One transfer; times are CLOCK_MONOTONIC nanoseconds, comparable between processes.
 
     Attributes:
-        kind: SEND, RECV, REQUEST (asker) or SERVE (server).
+        kind: SEND, RECV, REQUEST (asker), SERVE (server), or a verb on a peer's window.
         peer: the other rank.
-        tag: of send/recv; the step_idx of a request.
+        tag: of send/recv; the step_idx of a request; the offset in a window.
         layer_idx, microbatch_idx: of a request; else 0.
         num_bytes: of the message or request.
         enqueue_ns: the call began; SERVE: the asker published (0 unless it traces).
-        visible_ns: published to the other side; RECV, SERVE: seen here.
+        visible_ns: published to the other side; RECV, SERVE: seen here; windows: as done_ns.
         done_ns: the call ended; REQUEST: the answer was read; SERVE: it was published.
     """
 
@@ -202,7 +206,12 @@ class Port(_xccl.Port):
         return _xccl.SendHandle(self, to, data, tag)
 
     def irecv(self, from_rank: int, out: object) -> _xccl.RecvHandle:
-        """Expects a message into `out`; `test()` or `wait()` take it."""
+        """Expects a message into `out` and returns; `test()` or `wait()` take it.
+
+        One at a time from a rank: messages have an order. A handle that is dropped before its
+        message has begun to arrive takes nothing. `test()` knows of the sender's death only what
+        a wait or `status_of` has found.
+        """
         return _xccl.RecvHandle(self, from_rank, out)
 
     @property

@@ -28,3 +28,11 @@ def ranks(request: pytest.FixtureRequest, run_id: str) -> Iterator[Ranks]:
     made = reference_ranks() if request.param == "reference" else native_ranks(run_id)
     yield made
     made.close()
+
+
+@pytest.fixture
+def native(run_id: str) -> Iterator[Ranks]:
+    """For what the reference does not model."""
+    made = native_ranks(run_id)
+    yield made
+    made.close()

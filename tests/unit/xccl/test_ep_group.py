@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
-from tests.unit.xccl.ports import SOON_S, Ranks, expert_output, moe_by_hand, native_ranks, rows_of
+from tests.unit.xccl.ports import SOON_S, Ranks, expert_output, moe_by_hand, rows_of
 from xdeepserve.errors import PeerLost, XcclTimeout
 from xdeepserve.xccl import Batch, EpGroup, Exchange, Port, Tag
 
@@ -18,15 +16,8 @@ WIDTH = 8
 
 
 @pytest.fixture
-def ranks(run_id: str) -> Iterator[Ranks]:
-    made = native_ranks(run_id)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def groups(ranks: Ranks) -> list[EpGroup]:
-    return [EpGroup(port, [0, 1]) for port in ranks.join(0, 1)]
+def groups(native: Ranks) -> list[EpGroup]:
+    return [EpGroup(port, [0, 1]) for port in native.join(0, 1)]
 
 
 def tag_of(step_idx: int, epoch: int = 1) -> Tag:
@@ -61,12 +52,12 @@ def test_one_call_answers_every_rank(groups: list[EpGroup]) -> None:
         assert np.array_equal(got, expected)
 
 
-def test_a_share_for_each_pair_or_none(groups: list[EpGroup], ranks: Ranks) -> None:
+def test_a_share_for_each_pair_or_none(groups: list[EpGroup], native: Ranks) -> None:
     exchanges = [dispatch(group, tag_of(0)) for group in groups]
     batches = groups[0].recv(tag_of(0), SOON_S)
     with pytest.raises(ValueError, match="one row per pair"):
         groups[0].reply(batches, np.zeros((1, WIDTH), np.float32))
-    assert ranks.ports[0].num_open_requests == 2
+    assert native.ports[0].num_open_requests == 2
     groups[0].reply(batches, outputs(batches))
     with pytest.raises(ValueError, match="answered already"):
         groups[0].reply(batches, outputs(batches))
@@ -88,24 +79,24 @@ def test_a_deadline_names_who_has_not_sent(groups: list[EpGroup]) -> None:
 
 
 def test_a_rank_that_left_is_lost_and_its_next_life_sends_anew(
-    groups: list[EpGroup], ranks: Ranks
+    groups: list[EpGroup], native: Ranks
 ) -> None:
     under_way = [dispatch(groups[0], tag_of(0)), dispatch(groups[1], tag_of(1))]
     with pytest.raises(XcclTimeout):
         groups[0].recv(tag_of(0), SOON_S)
-    ranks.ports[1].close()
+    native.ports[1].close()
     with pytest.raises(PeerLost) as caught:
         groups[0].recv(tag_of(0), SOON_S)
     assert caught.value.ranks == (1,)
-    (port,) = ranks.join(1)
+    (port,) = native.join(1)
     with pytest.raises(XcclTimeout):  # what its last life sent early does not count
         groups[0].recv(tag_of(1), SOON_S)
     under_way.append(dispatch(EpGroup(port, [0, 1]), tag_of(0)))
     assert len(groups[0].recv(tag_of(0), SOON_S)) == 2
 
 
-def test_strangers_are_refused(ranks: Ranks) -> None:
-    ports: list[Port] = ranks.join(0, 1, 2)
+def test_strangers_are_refused(native: Ranks) -> None:
+    ports: list[Port] = native.join(0, 1, 2)
     group = EpGroup(ports[0], [0, 1])
     with ports[2].exchange(rows_of(1, WIDTH)) as exchange:
         exchange.add(0, tag=tag_of(0))
@@ -126,8 +117,8 @@ def test_arrays_of_another_type_are_refused(groups: list[EpGroup]) -> None:
         )
 
 
-def test_rows_of_another_order_are_copied(ranks: Ranks) -> None:
-    a, b = ranks.join(0, 1)
+def test_rows_of_another_order_are_copied(native: Ranks) -> None:
+    a, b = native.join(0, 1)
     rows = np.asfortranarray(rows_of(5, WIDTH))
     with a.exchange(rows) as exchange:
         exchange.add(1, tag=tag_of(0))

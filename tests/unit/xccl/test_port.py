@@ -18,13 +18,6 @@ WIDE = Layout(max_ranks=2, request_bytes=64 << 10, reply_bytes=64 << 10)
 
 
 @pytest.fixture
-def ranks(run_id: str) -> Iterator[Ranks]:
-    made = native_ranks(run_id)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def pair(run_id: str) -> Iterator[list[Port]]:
     made = native_ranks(run_id, WIDE)
     yield made.join(0, 1)
@@ -88,13 +81,13 @@ def test_answers_can_be_computed_in_place(pair: list[Port]) -> None:
         assert np.array_equal(exchange.replies()[0].rows, rows_of(3, 5, seed=1))
 
 
-def test_an_answer_to_a_life_that_ended_is_dropped(ranks: Ranks) -> None:
-    a, server = ranks.join(0, 1)
+def test_an_answer_to_a_life_that_ended_is_dropped(native: Ranks) -> None:
+    a, server = native.join(0, 1)
     exchange = a.exchange(rows_of(1, 4))
     exchange.add(1, tag=TAG)
     exchange.post(SOON_S)
     (batch,) = server.poll()
-    ranks.join(0)
+    native.join(0)
     assert batch.reply(rows_of(1, 4)) is False
     assert batch.answer_buffer(1, 4) is None
     assert server.num_open_requests == 0
@@ -120,6 +113,27 @@ def test_transfers_leave_records(pair: list[Port]) -> None:
     for record in [*asked, *served]:
         assert 0 < record.enqueue_ns <= record.visible_ns <= record.done_ns
     assert a.trace_records() == []
+
+
+def test_verbs_on_windows_leave_records(pair: list[Port]) -> None:
+    a, _ = pair
+    a.put(1, 64, np.zeros(100, np.uint8))
+    a.open_trace(8)
+    a.put(1, 64, np.zeros(100, np.uint8))
+    a.get(1, 8, np.zeros(24, np.uint8))
+    a.signal(1, 16, 5)
+    a.add(0, 0, 1)
+    with pytest.raises(ValueError, match="window"):
+        a.signal(1, 2**63, 1)
+    records = a.trace_records()
+    assert [(r.kind, r.peer, r.tag, r.num_bytes) for r in records] == [
+        (TraceKind.PUT, 1, 64, 100),
+        (TraceKind.GET, 1, 8, 24),
+        (TraceKind.SIGNAL, 1, 16, 8),
+        (TraceKind.ADD, 0, 0, 8),
+    ]
+    for record in records:
+        assert 0 < record.enqueue_ns <= record.visible_ns <= record.done_ns
 
 
 def test_a_trace_keeps_the_newest(pair: list[Port]) -> None:
@@ -240,19 +254,19 @@ def find_header(segment: np.ndarray) -> np.ndarray:
     return (words[:, 0] == 1) & (words[:, 1] == TAG.step_idx) & (words[:, 2] == tail)
 
 
-def test_status_of_peers(ranks: Ranks) -> None:
-    a, b = ranks.join(0, 1)
+def test_status_of_peers(native: Ranks) -> None:
+    a, b = native.join(0, 1)
     assert a.status_of(3).state is PeerState.ABSENT
     status = a.status_of(1)
     assert (status.state, status.incarnation) == (PeerState.ALIVE, b.incarnation)
     b.close()
     assert a.status_of(1).state is PeerState.DEAD
-    (again,) = ranks.join(1)
+    (again,) = native.join(1)
     assert a.status_of(1).incarnation == again.incarnation > b.incarnation
 
 
-def test_timeouts_are_numbers(ranks: Ranks) -> None:
-    a, _ = ranks.join(0, 1)
+def test_timeouts_are_numbers(native: Ranks) -> None:
+    a, _ = native.join(0, 1)
     for timeout_s in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="timeout_s"):
             a.recv(1, bytearray(1), timeout_s=timeout_s)
