@@ -1,0 +1,177 @@
+"""The turns: who is measured when.
+
+for model, class:  start every engine's worker        (one that cannot: a row with the reason)
+    for workload:  warm up, then repeats x engines    (interleaved, same prompts in a turn)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from benchmarks.peers.environment import Unavailable
+from benchmarks.peers.online import measure_online
+from benchmarks.peers.peer import Peer, Settings, WorkerProcess
+from benchmarks.peers.table import Row
+from benchmarks.peers.workloads import (
+    MAX_MODEL_LEN,
+    MAX_SEQS,
+    WARM_UP_SEED,
+    OnlineWorkload,
+    Workload,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is to be measured; `repeats` 0 only starts the workers, so that all gets built."""
+
+    models: Sequence[str]
+    precisions: Sequence[str]
+    workloads: Sequence[Workload | OnlineWorkload]
+    peers: Sequence[Peer]
+    repeats: int
+    threads: int
+
+    def settings(self, *, prefix_caching: bool) -> Settings:
+        """For all engines."""
+        return Settings(
+            threads=self.threads,
+            max_seqs=MAX_SEQS,
+            max_model_len=MAX_MODEL_LEN,
+            prefix_caching=prefix_caching,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A variant of an engine, in one model and class."""
+
+    peer: Peer
+    variant: str
+
+    @property
+    def name(self) -> str:
+        """As it is printed."""
+        return f"{self.peer.name} {self.variant}"
+
+
+def measure(plan: Plan) -> list[Row]:
+    """Everything; prints each value as it is measured."""
+    rows: list[Row] = []
+    for model in plan.models:
+        for precision in plan.precisions:
+            entrants = [
+                Entrant(peer, variant)
+                for peer in plan.peers
+                for variant in peer.variants[precision]
+            ]
+            missing = [peer for peer in plan.peers if not peer.variants[precision]]
+            for workload in plan.workloads:
+                rows += [_no_variant(model, precision, workload.name, peer) for peer in missing]
+            rows += _measure_class(plan, model, precision, entrants)
+    return rows
+
+
+def _no_variant(model: str, precision: str, workload: str, peer: Peer) -> Row:
+    return Row(model, precision, workload, peer.name, "", reason=f"has no {precision} weights here")
+
+
+def _measure_class(
+    plan: Plan, model: str, precision: str, entrants: Sequence[Entrant]
+) -> Iterator[Row]:
+    """The rows of one model in one class: workers that stay up first, then servers."""
+    batches = [w for w in plan.workloads if isinstance(w, Workload)]
+    for is_shared in (False, True):
+        group = [w for w in batches if bool(w.shared_len) is is_shared]
+        if group:
+            yield from _measure_batches(plan, model, precision, entrants, group)
+    for online in plan.workloads:
+        if isinstance(online, OnlineWorkload) and plan.repeats:
+            yield from _measure_servers(plan, model, precision, entrants, online)
+
+
+def _measure_batches(
+    plan: Plan,
+    model: str,
+    precision: str,
+    entrants: Sequence[Entrant],
+    workloads: Sequence[Workload],
+) -> list[Row]:
+    settings = plan.settings(prefix_caching=any(w.shared_len for w in workloads))
+    workers: dict[Entrant, WorkerProcess] = {}
+    rows: dict[tuple[str, Entrant], Row] = {
+        (w.name, e): Row(model, precision, w.name, e.peer.name, e.variant)
+        for w in workloads
+        for e in entrants
+    }
+    with ExitStack() as stack:
+        for entrant in entrants:
+            try:
+                command = entrant.peer.worker(model, entrant.variant, settings)
+                worker = WorkerProcess(f"{entrant.name}-{model}", command)
+                workers[entrant] = stack.enter_context(worker)
+            except Unavailable as exc:
+                print(f"{model} {entrant.name}: {exc}", flush=True)
+                for workload in workloads:
+                    rows[workload.name, entrant].reason = str(exc)
+        if plan.repeats:
+            for workload in workloads:
+                _take_turns(plan.repeats, workload, workers, rows)
+    return list(rows.values())
+
+
+def _take_turns(
+    repeats: int,
+    workload: Workload,
+    workers: dict[Entrant, WorkerProcess],
+    rows: dict[tuple[str, Entrant], Row],
+) -> None:
+    for seed in (WARM_UP_SEED, *map(str, range(repeats))):
+        order = workload.order(seed)
+        for entrant, worker in workers.items():
+            row = rows[workload.name, entrant]
+            if row.reason:
+                continue
+            try:
+                answer = worker.ask(order)
+            except Unavailable as exc:
+                row.reason = str(exc)
+                print(f"{row.model} {entrant.name} {workload.name}: {exc}", flush=True)
+                continue
+            if seed != WARM_UP_SEED:
+                row.runs.append(workload.read_metrics(answer) | answer)
+                _say(row)
+
+
+def _measure_servers(
+    plan: Plan,
+    model: str,
+    precision: str,
+    entrants: Sequence[Entrant],
+    workload: OnlineWorkload,
+) -> list[Row]:
+    settings = plan.settings(prefix_caching=False)
+    rows = {e: Row(model, precision, workload.name, e.peer.name, e.variant) for e in entrants}
+    for repeat in range(plan.repeats):
+        for entrant, row in rows.items():
+            if row.reason:
+                continue
+            try:
+                values = measure_online(
+                    entrant.peer, model, entrant.variant, settings, workload, repeat
+                )
+                row.runs.append(values)
+                _say(row)
+            except Unavailable as exc:
+                row.reason = str(exc)
+                print(f"{model} {entrant.name} {workload.name}: {exc}", flush=True)
+    return list(rows.values())
+
+
+def _say(row: Row) -> None:
+    values = ", ".join(f"{value:,.4g} {name}" for name, value in row.runs[-1].items())
+    print(
+        f"{row.model} {row.precision} {row.workload} {row.peer} {row.variant}: {values}", flush=True
+    )
