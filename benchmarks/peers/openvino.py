@@ -13,10 +13,17 @@ from benchmarks.peers.peer import Server, Settings, worker_command
 
 REQUIREMENTS: Final = (
     "openvino-genai==2026.4.1.0",
-    "optimum-intel==2.2.0",
-    "nncf",
+    "openvino==2026.4.1",
+    "nncf==3.4.0",
     "torch==2.13.0",
+    "transformers==5.5.4",
+    "optimum==2.3.0",
+    "requests",
+    "setuptools",
 )
+NO_DEPS: Final = ("optimum-intel==2.2.0",)
+"""It asks for torchvision, which may come built for another torch; text needs none."""
+
 EXPORT_FLAGS: Final = {
     "fp16": ("--weight-format", "fp16"),
     "int8": ("--weight-format", "int8"),
@@ -46,7 +53,7 @@ class OpenVino:
 
 
 def _python() -> Path:
-    return virtual_environment("openvino", REQUIREMENTS)
+    return virtual_environment("openvino", REQUIREMENTS, no_deps=NO_DEPS)
 
 
 def exported(model: str, variant: str) -> Path:

@@ -14,6 +14,7 @@ TOKEN_RANGE: Final = range(256, 8192)
 """Above special and byte tokens, inside every vocabulary."""
 
 WARM_UP_SEED: Final = "warm-up"
+WARM_UP_LEN: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +47,11 @@ class Workload:
         return [shared + rng.choices(TOKEN_RANGE, k=own_len) for _ in range(self.batch)]
 
     def order(self, seed: str) -> dict[str, Any]:
-        """What a worker is told."""
+        """What a worker is told; to warm up, a few tokens of the same prompts are enough."""
+        is_warm_up = seed == WARM_UP_SEED
         return {
             "prompts": self.prompts(seed),
-            "output_len": self.output_len,
+            "output_len": WARM_UP_LEN if is_warm_up else self.output_len,
             "shared_len": self.shared_len,
         }
 
