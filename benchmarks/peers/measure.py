@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.peers.environment import Unavailable
+from benchmarks.peers.foreign_load import undisturbed
 from benchmarks.peers.online import measure_online
 from benchmarks.peers.peer import Peer, Settings, WorkerProcess
 from benchmarks.peers.table import Row
@@ -135,14 +137,16 @@ def _take_turns(
             if row.reason:
                 continue
             try:
-                answer = worker.ask(order)
+                if seed == WARM_UP_SEED:
+                    worker.ask(order)
+                    continue
+                answer = undisturbed(worker.pid, partial(worker.ask, order))
             except Unavailable as exc:
                 row.reason = str(exc)
                 print(f"{row.model} {entrant.name} {workload.name}: {exc}", flush=True)
                 continue
-            if seed != WARM_UP_SEED:
-                row.runs.append(workload.read_metrics(answer) | answer)
-                _say(row)
+            row.runs.append(workload.read_metrics(answer) | answer)
+            _say(row)
 
 
 def _measure_servers(

@@ -116,6 +116,11 @@ class WorkerProcess:
             self.stop()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Process id of the worker."""
+        return self._process.pid
+
     def _read(self) -> None:
         assert self._process.stdout is not None, "opened as a pipe"
         for line in self._process.stdout:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 from benchmarks.peers.__main__ import load_rows, machine_name, merge, parse, write
 from benchmarks.peers.environment import Command, Unavailable, is_built, mark_built
+from benchmarks.peers.foreign_load import undisturbed
 from benchmarks.peers.measure import Plan, measure
 from benchmarks.peers.models import RANDOM_MODELS, random_checkpoint
 from benchmarks.peers.peer import WORKERS, Server, Settings
@@ -161,6 +165,30 @@ def test_new_rows_replace_old_ones(tmp_path: Path) -> None:
     assert {r.peer: r.median("output tok/s") for r in merged} == {"a": 3.0, "b": 2.0}
     assert path.with_suffix(".md").read_text().count("| m |") == 1
     assert machine_name(machine) == "some-cpu-r-9-avx2-2c"
+
+
+def test_a_disturbed_run_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    answers = iter([{"order": 1.0}, {"order": 2.0}, {"order": 3.0}])
+
+    def burn() -> None:
+        end_s = time.process_time() + 0.1
+        while time.process_time() < end_s:
+            pass
+
+    def run() -> dict[str, float]:
+        burn()  # this process is foreign to a worker that sleeps
+        return next(answers)
+
+    command = [sys.executable, "-c", "input()"]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE) as sleeper,
+        pytest.raises(StopIteration),
+    ):
+        undisturbed(sleeper.pid, run)
+    found = undisturbed(os.getpid(), lambda: burn() or {"order": 4.0})
+    assert found["order"] == 4.0
+    assert found["foreign_share"] >= 0.0
 
 
 def test_stamp_of_a_build(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""How much of the machine other programs used while a worker was measured (Linux).
+
+A run that was disturbed says nothing about the engine, so it is repeated.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+MAX_FOREIGN_SHARE: Final = 0.04
+"""Share of all cores' time that others may use; the kernel and this program need some."""
+
+MAX_ATTEMPTS: Final = 4
+
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+
+
+def undisturbed(pid: int, run: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The answer of `run`, repeated while others disturb it; the least disturbed one counts.
+
+    Args:
+        pid: of the worker, whose own time and that of its ended children is not foreign.
+        run: one order.
+
+    Returns:
+        The answer, with `foreign_share` added.
+    """
+    best: dict[str, float] = {}
+    for _ in range(MAX_ATTEMPTS):
+        machine_s, own_s, start_s = _busy_s(), _own_s(pid), time.monotonic()
+        answer = run()
+        wall_s = time.monotonic() - start_s
+        foreign_s = (_busy_s() - machine_s) - (_own_s(pid) - own_s)
+        share = max(0.0, foreign_s / (wall_s * (os.cpu_count() or 1)))
+        if not best or share < best["foreign_share"]:
+            best = answer | {"foreign_share": share}
+        if share <= MAX_FOREIGN_SHARE:
+            break
+    return best
+
+
+def _busy_s() -> float:
+    """Seconds that all cores have been busy, stolen time included."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / _TICKS_PER_S
+
+
+def _own_s(pid: int) -> float:
+    """CPU seconds of a process and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / _TICKS_PER_S
