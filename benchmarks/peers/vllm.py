@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import zipfile
 from dataclasses import asdict
@@ -64,7 +65,7 @@ def _requirements() -> list[str]:
         (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(name).decode())
     asked = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
-    return [text for text in asked if text.split(";")[0].split("=")[0].strip() not in LEFT_OUT]
+    return [text for text in asked if re.split(r"[^\w-]", text)[0] not in LEFT_OUT]
 
 
 def _env(python: Path, settings: Settings) -> dict[str, str]:
