@@ -93,15 +93,14 @@ class XcclTransport:
         """Send, then compute what this process does itself; see MoeTransport.dispatch."""
         deadline_s = self._limit.deadline_s()
         handle = XcclHandle(tag, hidden_states, topk_ids, topk_weights, deadline_s)
-        try:
+        with contextlib.ExitStack() as failure:
+            failure.callback(handle.release)
             with self._times.measure(Stage.DISPATCH):
                 if len(hidden_states):
                     self._send(handle)
             with self._times.measure(Stage.OWN_MODULES):
                 self._compute(handle)
-        except BaseException:
-            handle.release()
-            raise
+            failure.pop_all()
         return handle
 
     def _send(self, handle: XcclHandle) -> None:
