@@ -1,10 +1,11 @@
 """Do clients notice when experts move between the workers of a running service?
 
 Many streams decode through a service with several expert workers. Phases alternate: one without
-anything, one in which experts are migrated all the time, each time for another made-up load, so
-that about half of all experts move. Of each phase the times between two chunks of a stream are
-taken; the stall is how much longer the longest of them is with migrations than without. The texts
-of both must be equal, else the exit status is 1. Last line: JSON.
+anything; one in which experts are migrated all the time, each time for another made-up load, so
+that about half of all experts move; one with a single flip each second. Of each phase the times
+between two chunks of a stream are taken. The stall is measured twice: how much longer the longest
+of them is with migrations than without, which is mostly the noise of the machine; and flip by flip,
+see flip_stalls.py. The texts of all must be equal, else the exit status is 1. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import asyncio
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import yaml
+from flip_stalls import Moment, print_stalls, quiet_moments, stall_summary, stalls_ms
 
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.eplb import ExpertLoadReport
@@ -34,6 +36,15 @@ from xdeepserve.testing.watched_streams import StreamRecord, WatchedLoad, watche
 
 AIM_MS = 20.0
 BEGUN_CHUNKS = 4
+FLIP_DISTANCE_S = 1.0
+"""Between two flips that are looked at one by one."""
+
+FLIP_LAYERS = 4
+"""Layers in which experts move in such a flip."""
+
+FEED_S = 0.02
+"""A group looks so often for a new placement."""
+
 SKEW = 1.2
 """Exponent of the made-up loads: the n-th expert of a layer has n ** -SKEW of the first one's."""
 
@@ -46,6 +57,7 @@ class Phase:
     end_s: float
     num_moves: int
     num_flips: int
+    flips: tuple[Moment, ...] = ()
 
     def gaps_ms(self, records: Iterable[StreamRecord]) -> np.ndarray:
         """Times between two chunks of an answer that end within the phase, ascending."""
@@ -66,6 +78,8 @@ class Migrations:
         self._service = service
         self._shape = load_service(service.run).shape
         self._rng = np.random.default_rng(seed)
+        share = 1e6 * np.arange(1, self._shape.num_experts + 1) ** -SKEW
+        self._load = np.tile(share, (self._shape.num_layers, 1))
 
     async def phase(self, duration_s: float, *, is_migrating: bool) -> Phase:
         """Migrate, or only wait, for so long; a migration under way is ended."""
@@ -73,17 +87,47 @@ class Migrations:
         if not is_migrating:
             await asyncio.sleep(duration_s)
         while is_migrating and SYSTEM_CLOCK.monotonic() < begin_s + duration_s:
-            await rebalance_run(self._run, self._made_up_load())
+            self._load = self._other_load(range(self._shape.num_layers))
+            await rebalance_run(self._run, self._report())
+        return await self._ended(begin_s, before)
+
+    async def single_flips(self, duration_s: float) -> Phase:
+        """A small migration now and then; those that were one flip are noted."""
+        before, begin_s, flips = await self._heat(), SYSTEM_CLOCK.monotonic(), []
+        epoch, next_s = before.placement_epoch, begin_s
+        while next_s < begin_s + duration_s:
+            await asyncio.sleep(next_s - SYSTEM_CLOCK.monotonic())
+            next_s += FLIP_DISTANCE_S
+            layers = self._rng.permutation(self._shape.num_layers)[:FLIP_LAYERS]
+            self._load = self._other_load(layers)
+            asked_s = SYSTEM_CLOCK.monotonic()
+            placement = (await rebalance_run(self._run, self._report())).placement
+            assert placement is not None, "the service has expert workers"
+            if placement.epoch == epoch + 1:
+                flips.append(Moment(asked_s, self._published_s() + FEED_S))
+            epoch = placement.epoch
+        return replace(await self._ended(begin_s, before), flips=tuple(flips))
+
+    def _published_s(self) -> float:
+        """Monotonic time at which the latest placement was."""
+        age_s = SYSTEM_CLOCK.wall() - self._run.state_path.stat().st_mtime
+        return SYSTEM_CLOCK.monotonic() - age_s
+
+    async def _ended(self, begin_s: float, before: ExpertHeat) -> Phase:
         end_s, after = SYSTEM_CLOCK.monotonic(), await self._heat()
         num_flips = after.placement_epoch - before.placement_epoch
         return Phase(begin_s, end_s, after.num_moves - before.num_moves, num_flips)
 
-    def _made_up_load(self) -> ExpertLoadReport:
-        """In every layer another order of the experts, from hot to cold."""
-        num_layers, num_experts = self._shape.num_layers, self._shape.num_experts
-        share = 1e6 * np.arange(1, num_experts + 1) ** -SKEW
-        load = self._rng.permuted(np.tile(share, (num_layers, 1)), axis=1)
-        return ExpertLoadReport(num_layers, num_experts, load.astype("<u4").tobytes())
+    def _other_load(self, layers: Iterable[int]) -> np.ndarray:
+        """[L, E] tokens: in these layers another order of the experts, from hot to cold."""
+        load = self._load.copy()
+        for layer_idx in layers:
+            load[layer_idx] = self._rng.permutation(load[layer_idx])
+        return load
+
+    def _report(self) -> ExpertLoadReport:
+        load = self._load.astype("<u4").tobytes()
+        return ExpertLoadReport(self._shape.num_layers, self._shape.num_experts, load)
 
     async def _heat(self) -> ExpertHeat:
         heat = (await self._service.status()).expert_heat
@@ -93,8 +137,8 @@ class Migrations:
 
 async def measure(
     service: LiveService, args: argparse.Namespace
-) -> tuple[list[tuple[Phase, Phase]], list[list[StreamRecord]]]:
-    """(calm, migrating) per round, and what each client got."""
+) -> tuple[list[tuple[Phase, Phase, Phase]], list[list[StreamRecord]]]:
+    """(calm, migrating, single flips) per round, and what each client got."""
     migrations = Migrations(service, args.seed)
     requests = watched_requests(args.streams, args.tokens)
     server, rounds = service.server, []
@@ -104,7 +148,8 @@ async def measure(
         await migrations.phase(args.seconds, is_migrating=True)
         for _ in range(args.rounds):
             calm = await migrations.phase(args.seconds, is_migrating=False)
-            rounds.append((calm, await migrations.phase(args.seconds, is_migrating=True)))
+            moving = await migrations.phase(args.seconds, is_migrating=True)
+            rounds.append((calm, moving, await migrations.single_flips(args.seconds)))
             print(".", end="", file=sys.stderr, flush=True)
         return rounds, await load.finish()
 
@@ -139,14 +184,28 @@ def summary(phases: Sequence[Phase], records: Sequence[Sequence[StreamRecord]]) 
     }
 
 
-def print_summaries(calm: dict[str, Any], moving: dict[str, Any]) -> None:
-    """The table that people read."""
+def flip_stalls(
+    rounds: Sequence[tuple[Phase, Phase, Phase]], records: Sequence[Sequence[StreamRecord]]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Stalls at flips, and at as many moments without one."""
+    answers = [answer for client in records for answer in client]
+    flips = [flip for _, _, single in rounds for flip in single.flips]
+    quiet = [
+        moment
+        for calm, _, single in rounds
+        for moment in quiet_moments(calm.begin_s, calm.end_s, single.flips)
+    ]
+    return stall_summary(stalls_ms(flips, answers)), stall_summary(stalls_ms(quiet, answers))
+
+
+def print_summaries(rows: dict[str, dict[str, Any]]) -> None:
+    """The phases."""
     columns = ("p50_ms", "p99_ms", "p999_ms", "longest_median_ms", "tokens_per_s")
     heads = ("gap p50 ms", "p99", "p99.9", "longest", "tokens/s")
-    print(f"{'phase':<12}" + "".join(f"{head:>12}" for head in heads) + f"{'moves':>8}{'flips':>8}")
-    for name, row in (("calm", calm), ("migrating", moving)):
+    print(f"{'phase':<13}" + "".join(f"{head:>12}" for head in heads) + f"{'moves':>8}{'flips':>8}")
+    for name, row in rows.items():
         cells = "".join(f"{row[column]:>12.2f}" for column in columns)
-        print(f"{name:<12}{cells}{row['moves']:>8}{row['flips']:>8}")
+        print(f"{name:<13}{cells}{row['moves']:>8}{row['flips']:>8}")
 
 
 def deployment_file(folder: Path, args: argparse.Namespace) -> Path:
@@ -173,12 +232,15 @@ def main() -> int:
         path = deployment_file(Path(folder), args)
         with ServerProcess("--deployment", str(path)) as server:
             rounds, records = asyncio.run(measure(LiveService(server), args))
-    calm = summary([calm for calm, _ in rounds], records)
-    moving = summary([moving for _, moving in rounds], records)
+    calm, moving, single = (
+        summary([phases[kind] for phases in rounds], records) for kind in range(3)
+    )
     pairs = zip(calm["longest_ms"], moving["longest_ms"], strict=True)
-    stall_ms = median(with_moves - without for without, with_moves in pairs)
+    stall_ms = median(with_moves - calm_ms for calm_ms, with_moves in pairs)
     wrong = num_wrong(records)
-    print_summaries(calm, moving)
+    at_flips, without = flip_stalls(rounds, records)
+    print_summaries({"calm": calm, "migrating": moving, "single flips": single})
+    print_stalls({"at a single flip": at_flips, "when nothing flips": without})
     print(f"stall by migration: {stall_ms:.2f} ms, median of the rounds (aim < {AIM_MS:g} ms)")
     print(f"answers that failed or differ: {wrong} of {sum(map(len, records))}")
     document = {
@@ -187,7 +249,10 @@ def main() -> int:
         "machine": machine_fingerprint(),
         "calm": calm,
         "migrating": moving,
+        "single_flips": single,
         "stall_ms": stall_ms,
+        "at_a_flip": at_flips,
+        "without_a_flip": without,
         "aim_ms": AIM_MS,
         "num_wrong": wrong,
     }
