@@ -36,7 +36,10 @@ def stages_of(server: ServerProcess) -> dict[tuple[str, str], float]:
 def test_colocated(server: ServerProcess) -> None:
     ask(server)
     stages = stages_of(server)
-    assert set(stages) == {("dp0", "attention"), ("dp0", "own_modules"), ("dp0", "head")}
+    of_loop = {"schedule", "inputs", "update"}
+    assert set(stages) == {
+        ("dp0", s) for s in of_loop | {"attention", "own_modules", "head", "sample"}
+    }
     assert all(seconds > 0 for seconds in stages.values())
 
 
