@@ -84,10 +84,6 @@ class Prefetch {
   int64_t per_step_;
 };
 
-struct NoPrefetch {
-  void step() {}
-};
-
 template <class Product, int R, int V, class Fetch>
 inline void accumulate(typename Product::Acc (&acc)[R][V], const uint8_t* a, ptrdiff_t a_stride,
                        const uint8_t* b, ptrdiff_t b_stride, int64_t steps, Fetch& fetch) {
@@ -166,23 +162,4 @@ template <class Product, int Rows>
 void panel_gemm(const PanelTask& t) {
   if (t.rows <= kFewRows) return panel_tiles<Product, kWideRows>(t);
   panel_tiles<Product, Rows>(t);
-}
-
-// c[rows, 16 * vecs] (+)= a[rows, k] * b[k, 16 * vecs], all row-major float32; c is padded.
-template <bool kAdd>
-void small_gemm(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t k,
-                float* c, int64_t ldc, int64_t vecs) {
-  NoPrefetch fetch;
-  for (int64_t v = 0; v < vecs; ++v) {
-    for_row_tiles<kFloatRows>(rows, [&](auto size, int64_t first) {
-      constexpr int R = size;
-      F16 acc[R][1];
-      float* out = c + first * ldc + 16 * v;
-      for (int r = 0; r < R; ++r) acc[r][0] = kAdd ? load(out + r * ldc) : set1(0.0f);
-      accumulate<F32Product, R, 1>(acc, reinterpret_cast<const uint8_t*>(a + first * lda), 4 * lda,
-                                   reinterpret_cast<const uint8_t*>(b + 16 * v), 4 * ldb, k,
-                                   fetch);
-      for (int r = 0; r < R; ++r) store(out + r * ldc, acc[r][0]);
-    });
-  }
 }
