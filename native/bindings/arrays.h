@@ -83,7 +83,7 @@ void bind_layer(nb::module_& m, nb::class_<Context>& cls);
 // Takes the context for one operator: no other thread runs in it, and Python is free to go on.
 class Turn {
  public:
-  explicit Turn(Context& ctx) : lock_(ctx.mutex) {}
+  explicit Turn(Context& ctx) : lock_(ctx.mutex) { ctx.kernels.begin_operator(); }
 
  private:
   nb::gil_scoped_release release_;  // before the lock: never wait for it while holding the GIL

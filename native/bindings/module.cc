@@ -7,7 +7,7 @@ using namespace nb::literals;
 
 namespace {
 
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "amx"};
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

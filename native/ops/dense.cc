@@ -61,9 +61,10 @@ void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n,
 }
 
 // The rows of x [rows, n] (row stride `stride`) in the form the GEMM of `dtype` reads. With
-// swiglu, a row is silu(x[:n]) * x[n:2n], computed in place first.
+// swiglu, a row is silu(x[:n]) * x[n:2n], computed in place first. A product takes every
+// `groups`th row.
 Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t stride, DType dtype,
-                    bool swiglu) {
+                    bool swiglu, int64_t groups = 1) {
   const Kernels& kernels = ctx.kernels;
   Activations out{reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
   if (dtype == DType::kFloat32 && !swiglu) return out;
@@ -71,7 +72,7 @@ Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t str
   float* scales = nullptr;
   if (dtype != DType::kFloat32) {
     out.stride = round_up(row_bytes(kernels, dtype, n), 64);
-    out.data = data = ctx.activations.get<uint8_t>(rows * out.stride);
+    out.data = data = ctx.activations.get<uint8_t>((rows + kRowSlack * groups) * out.stride);
     out.row_scale = scales = ctx.row_scales.get<float>(rows);
   }
   for_rows(ctx, rows, n, [&](int64_t row, int) {
@@ -83,8 +84,9 @@ Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t str
 }
 
 // x is read only: without swiglu, prepare() does not write to it.
-Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType dtype) {
-  return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false);
+Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType dtype,
+                    int64_t groups = 1) {
+  return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false, groups);
 }
 
 // `ahead` is how many panels later this thread is likely to be.
@@ -189,7 +191,7 @@ void linear_panels(Context& ctx, const float* x, int64_t rows, const Weight& w,
 
 void grouped_linear(Context& ctx, const float* x, int64_t tokens, const Weight& w, float* out) {
   const Timed timed(ctx.times, Op::kGroupedLinear);
-  const Activations a = prepare(ctx, x, tokens * w.groups, w.k, w.dtype);
+  const Activations a = prepare(ctx, x, tokens * w.groups, w.k, w.dtype, w.groups);
   std::vector<Product> products;
   for (int64_t g = 0; g < w.groups; ++g) {
     products.push_back({a.data + g * a.stride, a.stride * w.groups, tokens,

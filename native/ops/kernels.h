@@ -19,7 +19,8 @@ struct Int4Activations {
 // One panel of a GEMM: c[rows, cols] = a[rows, k] times up to 32 output features (+ bias).
 struct PanelTask {
   const uint8_t* a;      // prepared activations: float32, or prepare_bf16 / quantize_row /
-                         // prepare_int4 rows
+                         // prepare_int4 rows; those of bf16 and int8 are followed by kRowSlack
+                         // more that may be read, whatever they hold
   ptrdiff_t a_stride;    // bytes between rows
   int64_t rows;
   const uint8_t* b;      // panel, see layout.h
@@ -58,6 +59,7 @@ struct AttendTask {
   float* scratch;          // attend_scratch() floats
 };
 
+inline constexpr int64_t kRowSlack = 31;
 inline constexpr int64_t kPartition = 256;      // positions of one attention partition
 inline constexpr int64_t kKeyTile = 64;         // positions whose scores are computed together
 inline constexpr int64_t kMaxAttendRows = 256;  // query rows of one task
@@ -83,6 +85,8 @@ struct Kernels {
   const char* name;
   bool s8_offset;  // int8 activations of panel_gemm are stored as value + 128
   int64_t bf16_item;  // bytes per element of a prepare_bf16 row (2 or 4)
+
+  void (*begin_operator)();  // on the calling thread: foreign code may have run on it before
 
   void (*panel_gemm[4])(const PanelTask& task);  // by DType
   // Round a row to bf16 in the form panel_gemm reads, padded with zero to an even length.
@@ -130,8 +134,11 @@ const Kernels& avx2_kernels();
 #if defined(XDS_HAVE_AVX512)
 const Kernels& avx512_kernels();
 #endif
+#if defined(XDS_HAVE_AMX)
+const Kernels& amx_kernels();
+#endif
 
-// The kernels `name` ("portable", "avx2", "avx512", or "auto" for the best), or null when this
+// The kernels `name` ("portable", "avx2", "avx512", "amx", or "auto" for the best), or null when this
 // machine or this build does not have them.
 const Kernels* find_kernels(const char* name);
 

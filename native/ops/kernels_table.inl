@@ -15,6 +15,7 @@ constexpr Kernels make_table(const char* name) {
   table.name = name;
   table.s8_offset = kS8Offset;
   table.bf16_item = kBf16Item;
+  table.begin_operator = [] {};
   table.panel_gemm[0] = panel_gemm<F32Product, kFloatRows>;
   table.panel_gemm[1] = panel_gemm<Bf16Product, kBf16Rows>;
   table.panel_gemm[2] = panel_gemm<Int8Product, kInt8Rows>;

@@ -103,7 +103,7 @@ RUN_DIR: Env[Path] = Env(
 )
 ISA: Env[str] = Env(
     "XDEEPSERVE_ISA",
-    _one_of("auto", "portable", "avx2", "avx512"),
+    _one_of("auto", "portable", "avx2", "avx512", "amx"),
     "auto",
     "Instruction set of the native operators; auto takes the best the machine has.",
 )

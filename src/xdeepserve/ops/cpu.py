@@ -75,7 +75,7 @@ class CpuOps:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: portable, avx2 or avx512."""
+        """The instruction set in use: portable, avx2, avx512 or amx."""
         return self.native.isa
 
     @property

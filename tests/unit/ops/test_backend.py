@@ -30,7 +30,7 @@ def test_the_instruction_set_can_be_forced() -> None:
 
 
 def test_a_missing_instruction_set_names_what_there_is() -> None:
-    missing = [isa for isa in ("avx2", "avx512") if isa not in ISAS]
+    missing = [isa for isa in ("avx2", "avx512", "amx") if isa not in ISAS]
     for isa in missing:
         with pytest.raises(ConfigError, match="which has portable"):
             make_cpu(isa=isa)
@@ -95,13 +95,23 @@ def test_int8_rows_are_symmetric_and_bounded() -> None:
 
 
 def test_instruction_sets_with_fused_multiply_add_give_the_same_bits() -> None:
-    fused = [isa for isa in ISAS if isa != "portable"]
+    fused = [isa for isa in ISAS if isa not in ("portable", "amx")]
     if len(fused) < 2:
         pytest.skip(f"this machine has {ISAS}")
     first, *others = (_every_kernel(make_cpu(isa=isa)) for isa in fused)
     for other in others:
         for got, want in zip(other, first, strict=True):
             np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason=f"this machine has {ISAS}")
+def test_tile_registers_change_no_bits_but_those_of_bf16_products() -> None:
+    amx, avx512 = (_every_kernel(make_cpu(isa=isa)) for isa in ("amx", "avx512"))
+    differ = [
+        idx for idx, pair in enumerate(zip(amx, avx512, strict=True)) if (pair[0] != pair[1]).any()
+    ]
+    bf16 = 3 + 2 * list(WeightDtype).index(WeightDtype.BF16)
+    assert differ == [bf16, bf16 + 1]
 
 
 def _every_kernel(ops: CpuOps) -> list[np.ndarray]:

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.ops.cases import ISAS, ids, make_cpu, normal
-from xdeepserve.ops import PackedWeight, WeightDtype
+from xdeepserve.ops import F32, PackedWeight, WeightDtype
 from xdeepserve.ops.cpu import CpuOps
-from xdeepserve.ops.quant import to_bf16
+from xdeepserve.ops.quant import from_bf16, to_bf16
 from xdeepserve.ops.reference import ReferenceOps
 
 DTYPES = list(WeightDtype)
@@ -73,13 +73,47 @@ def test_every_instruction_set_gives_the_same_bits(
 ) -> None:
     # A product of two bf16 is exact in float32, and int32 sums are exact: fused or not, the order
     # of accumulation alone decides. int4 rounds each product before it is added, everywhere.
+    # Tile registers add bf16 products in an order of their own.
     weight, x = normal(rng, 70, 129), normal(rng, 9, 129)
+    isas = [isa for isa in ISAS if isa != "amx" or dtype is not WeightDtype.BF16]
     results = []
-    for isa in ISAS:
+    for isa in isas:
         ops = make_cpu(isa=isa)
         results.append(ops.linear(x, ops.pack(weight, dtype=dtype)))
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
+
+
+def _sum_as_tiles_do(x: F32, weight: F32) -> F32:
+    """x [M, K] times weight [N, K], both bf16 values: of every 32 k, even and odd ones apart."""
+    total = np.zeros((len(x), len(weight)), np.float32)
+    products = x[:, None, :] * weight[None, :, :]  # exact
+    for first in range(0, x.shape[1], 32):
+        even, odd = np.zeros_like(total), np.zeros_like(total)
+        for k in range(first, min(first + 32, x.shape[1]), 2):
+            even = even + products[:, :, k]
+            if k + 1 < x.shape[1]:
+                odd = odd + products[:, :, k + 1]
+        total = total + (even + odd)
+    return total
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason=f"this machine has {ISAS}")
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 40, 129), (33, 32, 64), (48, 70, 31), (40, 33, 96)]
+)
+def test_tile_registers_add_even_and_odd_products_of_32_apart(
+    rng: np.random.Generator, shape: tuple[int, int, int]
+) -> None:
+    rows, n, k = shape
+    ops = make_cpu(isa="amx")
+    x = from_bf16(to_bf16(normal(rng, rows, k)))
+    weight = from_bf16(to_bf16(normal(rng, n, k)))
+    bias = normal(rng, n)
+    packed = ops.pack(weight, dtype=WeightDtype.BF16)
+    want = _sum_as_tiles_do(x, weight)
+    np.testing.assert_array_equal(ops.linear(x, packed), want)
+    np.testing.assert_array_equal(ops.linear(x, packed, bias), want + bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,37 @@
+// Kernels for avx512 with tile registers (AMX): the same vector type, and GEMMs of their own.
+#include <immintrin.h>
+
+#include <math.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+#include "layout.h"
+#include "number.h"
+
+namespace xds {
+namespace {
+#include "simd_avx512.h"
+
+#include "kernels_table.inl"
+
+#include "kernels_amx.inl"
+
+constexpr Kernels make_amx_table() {
+  Kernels table = make_table("amx");
+  table.begin_operator = forget_tiles;
+  table.panel_gemm[1] = tile_gemm<Bf16Tile>;
+  table.panel_gemm[2] = tile_gemm<Int8Tile>;
+  return table;
+}
+}  // namespace
+
+const Kernels& amx_kernels() {
+  static constexpr Kernels table = make_amx_table();
+  return table;
+}
+
+}  // namespace xds
