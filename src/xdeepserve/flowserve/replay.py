@@ -23,13 +23,15 @@ class ReplayPolicy:
         max_stalled_replays: of those, in a row without one new token. A request that kills whatever
             computes it ends here, while its innocent neighbours get on.
         deadline_s: longest time without a group to run on.
-        retry_s: pause between two looks for one.
+        retry_s: pause between two looks for one; doubles each time when all are full.
+        max_retry_s: longest such pause.
     """
 
     max_replays: int = 16
     max_stalled_replays: int = 3
     deadline_s: float = 30.0
     retry_s: float = 0.02
+    max_retry_s: float = 1.0
 
 
 class Progress:

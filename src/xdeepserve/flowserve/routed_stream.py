@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple, Protocol
 
 from xdeepserve.clock import Clock
@@ -35,7 +35,13 @@ class Placement(NamedTuple):
 class Placer(Protocol):
     """What a stream needs of its router."""
 
-    def place(self, request: GenerateRequest, *, avoid: frozenset[str]) -> Placement:
+    def digests(self, request: GenerateRequest) -> Sequence[bytes]:
+        """What `place` asks for; hashes all of the request's tokens."""
+        ...
+
+    def place(
+        self, request: GenerateRequest, *, digests: Sequence[bytes], avoid: frozenset[str]
+    ) -> Placement:
         """Submit to the best group that is not in `avoid`.
 
         Raises:
@@ -74,7 +80,10 @@ class RoutedStream(AsyncIterator[TokenOutput]):
         self._was_accepted = False
         self._is_abort_asked = False
         self._is_over = False
+        # Of the tokens so far; None = some have come since.
+        self._digests: Sequence[bytes] | None = None
         self._searching_since_s = clock.monotonic()
+        self._pause_s = policy.retry_s
 
     def try_place(self) -> None:
         """Submit to a group now; raises what `Placer.place` raises."""
@@ -150,6 +159,7 @@ class RoutedStream(AsyncIterator[TokenOutput]):
     def _pass_on(self, output: TokenOutput) -> TokenOutput:
         self._was_accepted = True
         self._full.clear()
+        self._digests = None
         if output.finish_reason is not None:
             self._finish()
         return self._progress.pass_on(output)
@@ -160,11 +170,13 @@ class RoutedStream(AsyncIterator[TokenOutput]):
         if self._placer.note_loss(placement.member_name):
             self._progress.note_failure(reason)
         logger.info("%s leaves %s: %s", self.request_id, placement.member_name, reason)
+        # Not for a refusal: that is part of the search.
+        self._searching_since_s = self._clock.monotonic()
+        self._pause_s = self._policy.retry_s
         self._leave()
 
     def _leave(self) -> None:
         self._placement = None
-        self._searching_since_s = self._clock.monotonic()
         self._placer.on_moved(self, None)
 
     # -- searching ------------------------------------------------------------------------------
@@ -176,7 +188,11 @@ class RoutedStream(AsyncIterator[TokenOutput]):
 
     def _place(self) -> None:
         request = self._progress.next_attempt()
-        self._placement = self._placer.place(request, avoid=frozenset(self._full))
+        if self._digests is None:
+            self._digests = self._placer.digests(request)
+        self._placement = self._placer.place(
+            request, digests=self._digests, avoid=frozenset(self._full)
+        )
         self._placer.on_moved(self, self._placement)
 
     async def _search(self) -> TokenOutput | None:
@@ -201,8 +217,17 @@ class RoutedStream(AsyncIterator[TokenOutput]):
                 if self._must_give_up(exc):
                     self._finish()
                     raise
+                is_full = isinstance(exc, CapacityError)
             self._full.clear()
+            await self._pause(is_full=is_full)
+
+    async def _pause(self, *, is_full: bool) -> None:
+        """Wait for a group that comes back, or, longer and longer, for a place in a queue."""
+        if not is_full:
             await asyncio.sleep(self._policy.retry_s)
+            return
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, self._policy.max_retry_s)
 
     def _must_give_up(self, error: CapacityError | EngineDeadError) -> bool:
         if isinstance(error, CapacityError) and not self._was_accepted:

@@ -229,12 +229,17 @@ class RouterEngine:
 
     # -- Placer ---------------------------------------------------------------------------------
 
-    def place(self, request: GenerateRequest, *, avoid: frozenset[str]) -> Placement:
+    def digests(self, request: GenerateRequest) -> Sequence[bytes]:
+        """See Placer.digests."""
+        return prefix_digests(request, self._info.block_size)
+
+    def place(
+        self, request: GenerateRequest, *, digests: Sequence[bytes], avoid: frozenset[str]
+    ) -> Placement:
         """See Placer.place. Ties go to the group with fewer requests, then by name."""
         open_members = [member for member in self._members.values() if member.is_open]
         candidates = [member for member in open_members if member.name not in avoid]
         is_full = len(candidates) < len(open_members)
-        digests = prefix_digests(request, self._info.block_size) if candidates else []
         for member in self._ranked(candidates, request, digests):
             try:
                 outputs = member.engine.generate(request=request)

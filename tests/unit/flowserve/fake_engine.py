@@ -31,6 +31,7 @@ class FakeEngine:
         running: requests under way, by the id this engine knows them by.
         aborted: ids it was asked to end; `keeps_aborted` = it does not obey.
         num_held_blocks: added to the blocks of running requests in its load.
+        num_refused: requests that it has refused late.
     """
 
     def __init__(self, info: EngineInfo = INFO) -> None:
@@ -42,6 +43,7 @@ class FakeEngine:
         self.is_up = True
         self.is_full = False
         self.refuses_late = False
+        self.num_refused = 0
         self.keeps_aborted = False
         self.is_closed = False
         self._token_ids: dict[str, list[int]] = {}
@@ -58,6 +60,7 @@ class FakeEngine:
         assert request_id not in self.running
         stream = TokenStream(request_id, abort=self._on_abort)
         if self.refuses_late:
+            self.num_refused += 1
             stream.fail(CapacityError("full after all"))
             return stream
         self.running[request_id] = request

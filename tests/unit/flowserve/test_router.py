@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,9 +16,10 @@ import pytest
 from tests.unit.flowserve.builders import make_request
 from tests.unit.flowserve.fake_engine import INFO, FakeEngine
 from xdeepserve.errors import CapacityError, ConfigError, EngineDeadError, RequestError
+from xdeepserve.flowserve.prefix_memory import prefix_digests
 from xdeepserve.flowserve.replay import ReplayPolicy
 from xdeepserve.flowserve.router import RouterEngine
-from xdeepserve.messages import FinishReason, TokenOutput
+from xdeepserve.messages import FinishReason, GenerateRequest, TokenOutput
 from xdeepserve.testing.fake_clock import FakeClock
 from xdeepserve.testing.scripted_executor import scripted_output
 
@@ -27,9 +30,9 @@ POLICY = ReplayPolicy(max_replays=6, max_stalled_replays=2, deadline_s=10.0, ret
 class Routed:
     """A router over two fakes."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, policy: ReplayPolicy = POLICY) -> None:
         self.clock = FakeClock()
-        self.router = RouterEngine(INFO, policy=POLICY, clock=self.clock)
+        self.router = RouterEngine(INFO, policy=policy, clock=self.clock)
         self.engines = {name: FakeEngine() for name in names or ("a", "b")}
         for name, engine in self.engines.items():
             self.router.add(name, engine)
@@ -307,6 +310,36 @@ async def test_an_accepted_request_waits_where_a_new_one_is_refused(routed: Rout
     await until(lambda: bool(routed["b"].running))
     routed["b"].emit(routed.homes()[0][1])
     assert ids_of(await reading) == scripted_output([5, 6, 7], 2)
+
+
+async def test_a_group_that_refuses_late_is_asked_less_and_less_until_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    routed = Routed(policy=replace(POLICY, retry_s=0.25, max_retry_s=1.0))
+    pauses: list[float] = []
+    hashed: list[int] = []
+
+    async def sleep(seconds: float, real: Any = asyncio.sleep) -> None:
+        pauses.append(seconds)
+        await real(0)
+
+    def count_hashes(request: GenerateRequest, block_size: int) -> list[bytes]:
+        hashed.append(len(request.resume_token_ids))
+        return prefix_digests(request, block_size)
+
+    monkeypatch.setattr("xdeepserve.flowserve.router.prefix_digests", count_hashes)
+    reading = asyncio.create_task(collect(routed.router.generate(request=make_request("r"))))
+    routed["a"].emit("r")
+    routed["b"].refuses_late = True
+    routed["a"].die()
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    await until(lambda: routed["b"].num_refused == 5)
+    assert [pause for pause in pauses if pause][:4] == [0.25, 0.5, 1.0, 1.0]
+    assert hashed == [0, 1], "once per loss, not per attempt"
+    routed.clock.advance(POLICY.deadline_s)
+    with pytest.raises(CapacityError, match="all DP groups"):
+        await reading
+    assert routed.router.load().num_waiting == 0
 
 
 async def test_requests_without_a_group_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
