@@ -7,11 +7,20 @@ else around a request matters) the rest is what the first group would have made.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import msgspec
 
 from xdeepserve.messages import FinishReason, GenerateRequest, TokenOutput, Usage
+
+
+class Loss(enum.Enum):
+    """What a request had to do with the group that it was lost with."""
+
+    MEANT = "the group is drained"
+    WAITING = "the request was too far back in line to be computed"
+    RUNNING = "the request may have been computed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +29,17 @@ class ReplayPolicy:
 
     Attributes:
         max_replays: groups that a request may outlive.
-        max_stalled_replays: of those, in a row without one new token. A request that kills whatever
-            computes it ends here, while its innocent neighbours get on.
+        suspect_after: groups lost in a row, with the request running and without one new token,
+            that make it a suspect. A group gets one suspect at a time, so that the next loss
+            tells a request that kills what computes it from those that were computed beside it.
+        max_stalled_replays: of losses in that row; such a request ends here.
         deadline_s: longest time without a group to run on.
         retry_s: pause between two looks for one; doubles each time when all are full.
         max_retry_s: longest such pause.
     """
 
     max_replays: int = 16
+    suspect_after: int = 2
     max_stalled_replays: int = 3
     deadline_s: float = 30.0
     retry_s: float = 0.02
@@ -43,7 +55,7 @@ class Progress:
 
     def __init__(self, request: GenerateRequest) -> None:
         self.request = request
-        # Groups that were lost under it, and of those the ones since its last new token.
+        # Groups that were lost under it, and of those the ones that ran it since its last token.
         self._num_failures = 0
         self._num_stalled_failures = 0
         self._last_failure = ""
@@ -65,11 +77,17 @@ class Progress:
             resume_token_ids=self._token_ids.copy(),
         )
 
-    def note_failure(self, reason: str) -> None:
-        """A group was lost while it had the request."""
+    def note_loss(self, loss: Loss, reason: str) -> None:
+        """A group ended while it had the request."""
+        if loss is Loss.MEANT:
+            return
         self._num_failures += 1
-        self._num_stalled_failures += 1
+        self._num_stalled_failures += loss is Loss.RUNNING
         self._last_failure = reason
+
+    def is_suspect(self, policy: ReplayPolicy) -> bool:
+        """Whether the request may be what ended its groups."""
+        return self._num_stalled_failures >= policy.suspect_after
 
     def poison(self, policy: ReplayPolicy) -> str | None:
         """Why the request must not be given to yet another group; None when it may."""

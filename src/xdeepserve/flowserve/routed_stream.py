@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from xdeepserve.clock import Clock
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import CapacityError, EngineDeadError
-from xdeepserve.flowserve.replay import Progress, ReplayPolicy
+from xdeepserve.flowserve.replay import Loss, Progress, ReplayPolicy
 from xdeepserve.messages import FinishReason, GenerateRequest, TokenOutput
 
 logger = logging.getLogger(__name__)
@@ -40,9 +40,17 @@ class Placer(Protocol):
         ...
 
     def place(
-        self, request: GenerateRequest, *, digests: Sequence[bytes], avoid: frozenset[str]
-    ) -> Placement:
+        self,
+        request: GenerateRequest,
+        *,
+        digests: Sequence[bytes],
+        avoid: frozenset[str],
+        is_suspect: bool,
+    ) -> Placement | None:
         """Submit to the best group that is not in `avoid`.
+
+        Returns:
+            None when it is a suspect's turn later: each of those groups has another one.
 
         Raises:
             CapacityError: every group that is there is full or avoided.
@@ -58,8 +66,8 @@ class Placer(Protocol):
         """The stream is at no group and will be at none."""
         ...
 
-    def note_loss(self, member_name: str) -> bool:
-        """A request was lost with a group; False when that was meant, because it is drained."""
+    def note_loss(self, stream: RoutedStream, member_name: str) -> Loss:
+        """The stream's request was lost with its group, and was not moved yet."""
         ...
 
 
@@ -82,8 +90,7 @@ class RoutedStream(AsyncIterator[TokenOutput]):
         self._is_over = False
         # Of the tokens so far; None = some have come since.
         self._digests: Sequence[bytes] | None = None
-        self._searching_since_s = clock.monotonic()
-        self._pause_s = policy.retry_s
+        self._begin_search()
 
     def try_place(self) -> None:
         """Submit to a group now; raises what `Placer.place` raises."""
@@ -167,12 +174,10 @@ class RoutedStream(AsyncIterator[TokenOutput]):
     def _lose(self, placement: Placement, reason: str) -> None:
         """Leave a group that did not finish the request."""
         self._was_accepted = True
-        if self._placer.note_loss(placement.member_name):
-            self._progress.note_failure(reason)
+        self._progress.note_loss(self._placer.note_loss(self, placement.member_name), reason)
         logger.info("%s leaves %s: %s", self.request_id, placement.member_name, reason)
         # Not for a refusal: that is part of the search.
-        self._searching_since_s = self._clock.monotonic()
-        self._pause_s = self._policy.retry_s
+        self._begin_search()
         self._leave()
 
     def _leave(self) -> None:
@@ -186,14 +191,33 @@ class RoutedStream(AsyncIterator[TokenOutput]):
         """Whether the request waits for a group."""
         return self._placement is None and not self._is_over
 
-    def _place(self) -> None:
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the request may be what ended its groups."""
+        return self._progress.is_suspect(self._policy)
+
+    @property
+    def priority(self) -> int:
+        """Of the request."""
+        return self._progress.request.priority
+
+    def _begin_search(self) -> None:
+        self._searching_since_s = self._clock.monotonic()
+        self._pause_s = self._policy.retry_s
+
+    def _place(self) -> bool:
+        """Submit to a group; False when a suspect has to wait for its turn."""
         request = self._progress.next_attempt()
         if self._digests is None:
             self._digests = self._placer.digests(request)
         self._placement = self._placer.place(
-            request, digests=self._digests, avoid=frozenset(self._full)
+            request,
+            digests=self._digests,
+            avoid=frozenset(self._full),
+            is_suspect=self.is_suspect,
         )
         self._placer.on_moved(self, self._placement)
+        return self._placement is not None
 
     async def _search(self) -> TokenOutput | None:
         """Place the request, waiting for a group while none can take it.
@@ -211,23 +235,26 @@ class RoutedStream(AsyncIterator[TokenOutput]):
             if (error := self._progress.poison(self._policy)) is not None:
                 return self._end(FinishReason.ERROR, error)
             try:
-                self._place()
-                return None
+                if self._place():
+                    return None
+                # There are groups; nobody knows how long those before it take.
+                self._begin_search()
+                pause_s = self._policy.retry_s
             except (CapacityError, EngineDeadError) as exc:
                 if self._must_give_up(exc):
                     self._finish()
                     raise
-                is_full = isinstance(exc, CapacityError)
+                pause_s = self._pause_after(exc)
             self._full.clear()
-            await self._pause(is_full=is_full)
+            await asyncio.sleep(pause_s)
 
-    async def _pause(self, *, is_full: bool) -> None:
-        """Wait for a group that comes back, or, longer and longer, for a place in a queue."""
-        if not is_full:
-            await asyncio.sleep(self._policy.retry_s)
-            return
-        await asyncio.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, self._policy.max_retry_s)
+    def _pause_after(self, error: CapacityError | EngineDeadError) -> float:
+        """Short until a group comes back, longer and longer until a queue has room."""
+        if isinstance(error, EngineDeadError):
+            return self._policy.retry_s
+        pause_s = self._pause_s
+        self._pause_s = min(2 * pause_s, self._policy.max_retry_s)
+        return pause_s
 
     def _must_give_up(self, error: CapacityError | EngineDeadError) -> bool:
         if isinstance(error, CapacityError) and not self._was_accepted:

@@ -21,8 +21,9 @@ from xdeepserve.clock import SYSTEM_CLOCK, Clock
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import CapacityError, ConfigError, EngineDeadError, RequestError
 from xdeepserve.flowserve.load import NO_LOAD, counters_of, total_load
-from xdeepserve.flowserve.prefix_memory import PrefixMemory, prefix_digests
-from xdeepserve.flowserve.replay import ReplayPolicy
+from xdeepserve.flowserve.prefix_memory import prefix_digests
+from xdeepserve.flowserve.replay import Loss, ReplayPolicy
+from xdeepserve.flowserve.routed_group import RoutedGroup
 from xdeepserve.flowserve.routed_stream import Placement, RoutedStream
 from xdeepserve.flowserve.validation import validate_request
 from xdeepserve.messages import EngineInfo, GenerateRequest, LoadReport, num_blocks_needed
@@ -55,23 +56,6 @@ class MemberStatus:
     load: LoadReport
 
 
-class _Member:
-    """One group and what the router knows of it."""
-
-    def __init__(self, name: str, engine: EngineClient) -> None:
-        self.name = name
-        self.engine = engine
-        self.is_draining = False
-        self.num_failures = 0
-        self.prefixes = PrefixMemory(engine.info.num_kv_blocks)
-        # Weak, so that a stream nobody reads any more is collected and aborts its request.
-        self.streams: weakref.WeakSet[RoutedStream] = weakref.WeakSet()
-
-    @property
-    def is_open(self) -> bool:
-        return self.engine.is_alive() and not self.is_draining
-
-
 class RouterEngine:
     """EngineClient over any number of engines of one model. All methods run on one event loop."""
 
@@ -92,7 +76,7 @@ class RouterEngine:
         self._info = info
         self._policy = policy
         self._clock = clock
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, RoutedGroup] = {}
         self._streams: weakref.WeakValueDictionary[str, RoutedStream] = (
             weakref.WeakValueDictionary()
         )
@@ -112,7 +96,7 @@ class RouterEngine:
             raise ConfigError(f"a DP group named {name} is there already; remove it first")
         if _identity(engine.info) != _identity(self._info):
             raise ConfigError(f"{name} serves {engine.info}, the others serve {self._info}")
-        self._members[name] = _Member(name, engine)
+        self._members[name] = RoutedGroup(name, engine)
 
     async def drain(self, name: str, *, timeout_s: float) -> None:
         """Route nothing more to a group; wait for its requests, then move the rest elsewhere.
@@ -124,7 +108,7 @@ class RouterEngine:
         member.is_draining = True
         if await self._wait_until_empty(member, timeout_s):
             return
-        streams = list(member.streams)
+        streams = member.streams
         logger.info("moving %d requests away from %s", len(streams), name)
         for stream in streams:
             await stream.give_up_place()
@@ -145,23 +129,23 @@ class RouterEngine:
                 name=name,
                 is_alive=member.engine.is_alive(),
                 is_draining=member.is_draining,
-                num_requests=len(member.streams),
+                num_requests=member.num_streams,
                 num_failures=member.num_failures,
                 load=member.engine.load(),
             )
             for name, member in sorted(self._members.items())
         ]
 
-    def _member(self, name: str) -> _Member:
+    def _member(self, name: str) -> RoutedGroup:
         member = self._members.get(name)
         if member is None:
             known = ", ".join(sorted(self._members)) or "none"
             raise ConfigError(f"no DP group is named {name}; there are: {known}")
         return member
 
-    async def _wait_until_empty(self, member: _Member, timeout_s: float) -> bool:
+    async def _wait_until_empty(self, member: RoutedGroup, timeout_s: float) -> bool:
         deadline_s = self._clock.monotonic() + timeout_s
-        while member.streams:
+        while member.num_streams:
             if self._clock.monotonic() >= deadline_s:
                 return False
             await asyncio.sleep(_POLL_S)
@@ -234,12 +218,21 @@ class RouterEngine:
         return prefix_digests(request, self._info.block_size)
 
     def place(
-        self, request: GenerateRequest, *, digests: Sequence[bytes], avoid: frozenset[str]
-    ) -> Placement:
+        self,
+        request: GenerateRequest,
+        *,
+        digests: Sequence[bytes],
+        avoid: frozenset[str],
+        is_suspect: bool,
+    ) -> Placement | None:
         """See Placer.place. Ties go to the group with fewer requests, then by name."""
         open_members = [member for member in self._members.values() if member.is_open]
         candidates = [member for member in open_members if member.name not in avoid]
         is_full = len(candidates) < len(open_members)
+        if is_suspect and candidates:
+            candidates = [member for member in candidates if not member.has_suspect]
+            if not candidates:
+                return None
         for member in self._ranked(candidates, request, digests):
             try:
                 outputs = member.engine.generate(request=request)
@@ -255,12 +248,12 @@ class RouterEngine:
         raise EngineDeadError("no DP group is running")
 
     def _ranked(
-        self, members: Sequence[_Member], request: GenerateRequest, digests: Sequence[bytes]
-    ) -> list[_Member]:
+        self, members: Sequence[RoutedGroup], request: GenerateRequest, digests: Sequence[bytes]
+    ) -> list[RoutedGroup]:
         """Members, best first."""
         num_needed = num_blocks_needed(request, self._info.block_size)
 
-        def cost(member: _Member) -> tuple[float, int, str]:
+        def cost(member: RoutedGroup) -> tuple[float, int, str]:
             load = member.engine.load()
             num_new = num_needed - member.prefixes.num_known(digests)
             demand = load.kv_demand + num_new / max(1, load.num_total_blocks)
@@ -271,23 +264,19 @@ class RouterEngine:
     def on_moved(self, stream: RoutedStream, placement: Placement | None) -> None:
         """See Placer.on_moved."""
         for member in self._members.values():
-            member.streams.discard(stream)
+            member.leave(stream)
         if placement is not None:
-            self._members[placement.member_name].streams.add(stream)
+            self._members[placement.member_name].enter(stream)
 
     def on_over(self, stream: RoutedStream) -> None:
         """See Placer.on_over."""
         self.on_moved(stream, None)
         self._streams.pop(stream.request_id, None)
 
-    def note_loss(self, member_name: str) -> bool:
+    def note_loss(self, stream: RoutedStream, member_name: str) -> Loss:
         """See Placer.note_loss."""
         member = self._members.get(member_name)
-        if member is None or member.is_draining:
-            return False
-        member.num_failures += 1
-        member.prefixes.clear()
-        return True
+        return Loss.MEANT if member is None else member.note_loss(stream)
 
     def _num_homeless(self) -> int:
         return sum(stream.is_homeless for stream in self._streams.values())

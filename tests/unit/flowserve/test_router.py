@@ -19,7 +19,7 @@ from xdeepserve.errors import CapacityError, ConfigError, EngineDeadError, Reque
 from xdeepserve.flowserve.prefix_memory import prefix_digests
 from xdeepserve.flowserve.replay import ReplayPolicy
 from xdeepserve.flowserve.router import RouterEngine
-from xdeepserve.messages import FinishReason, GenerateRequest, TokenOutput
+from xdeepserve.messages import EngineInfo, FinishReason, GenerateRequest, TokenOutput
 from xdeepserve.testing.fake_clock import FakeClock
 from xdeepserve.testing.scripted_executor import scripted_output
 
@@ -30,10 +30,10 @@ POLICY = ReplayPolicy(max_replays=6, max_stalled_replays=2, deadline_s=10.0, ret
 class Routed:
     """A router over two fakes."""
 
-    def __init__(self, *names: str, policy: ReplayPolicy = POLICY) -> None:
+    def __init__(self, *names: str, policy: ReplayPolicy = POLICY, info: EngineInfo = INFO) -> None:
         self.clock = FakeClock()
-        self.router = RouterEngine(INFO, policy=policy, clock=self.clock)
-        self.engines = {name: FakeEngine() for name in names or ("a", "b")}
+        self.router = RouterEngine(info, policy=policy, clock=self.clock)
+        self.engines = {name: FakeEngine(info) for name in names or ("a", "b")}
         for name, engine in self.engines.items():
             self.router.add(name, engine)
 
@@ -243,6 +243,76 @@ async def test_a_request_that_kills_its_groups_ends_with_an_error(routed: Routed
     assert [o.finish_reason for o in outputs] == [FinishReason.ERROR]
     assert "3 DP groups ended before its next token" in (outputs[0].error or "")
     assert routed.homes() == []
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+async def test_neighbours_outlive_a_request_that_kills_its_groups(names: str) -> None:
+    """A step computes all requests of a group, or ends it because of one of them."""
+    routed = Routed(*names)
+    prompts = {f"r{i}": [3 + i] * 4 for i in range(8)}
+    poison = "r3"
+    reading = {
+        request_id: asyncio.create_task(
+            collect(routed.router.generate(request=make_request(request_id, prompt, max_tokens=4)))
+        )
+        for request_id, prompt in prompts.items()
+    }
+    async with asyncio.timeout(TIMEOUT_S):
+        while not all(task.done() for task in reading.values()):
+            for engine in routed.engines.values():
+                if any(attempt.split("~")[0] == poison for attempt in engine.running):
+                    engine.die()
+                    engine.revive()
+                for attempt in list(engine.running):
+                    engine.emit(attempt)
+            for _ in range(20):
+                await asyncio.sleep(0)
+    assert [o.finish_reason for o in await reading.pop(poison)] == [FinishReason.ERROR]
+    for request_id, task in reading.items():
+        assert ids_of(await task) == scripted_output(prompts[request_id], 4)
+
+
+async def lose_all(routed: Routed, name: str, num_requests: int) -> None:
+    """Kill a group and revive it, once it has the requests; returns when all of them know."""
+
+    def num_failures() -> int:
+        return sum(s.num_failures for s in routed.router.members() if s.name == name)
+
+    await until(lambda: len(routed[name].running) == num_requests)
+    expected = num_failures() + num_requests
+    routed[name].die()
+    routed[name].revive()
+    await until(lambda: num_failures() == expected)
+
+
+async def test_of_those_who_ran_one_is_tried_at_a_time_and_the_others_wait() -> None:
+    routed = Routed("a", info=msgspec.structs.replace(INFO, max_num_seqs=2))
+    names = ["first", "second", "behind", "last"]
+    reading = [
+        asyncio.create_task(
+            collect(routed.router.generate(request=make_request(name, max_tokens=2)))
+        )
+        for name in names
+    ]
+    for _ in range(2):
+        await lose_all(routed, "a", len(names))
+    await until(lambda: len(routed["a"].running) == 3)
+    attempts = {attempt.split("~")[0]: attempt for attempt in routed["a"].running}
+    assert set(attempts) == {"first", "behind", "last"}, "of two suspects one waits"
+    routed.clock.advance(2 * POLICY.deadline_s)
+    for is_up in (True, False, True):  # Its wait for a turn is no wait for a group.
+        routed["a"].is_up = is_up
+        for _ in range(20):
+            await asyncio.sleep(0)
+    assert len(routed["a"].running) == 3
+    routed["a"].emit(attempts["first"])
+    await until(lambda: len(routed["a"].running) == 4)
+    for attempt in [*routed["a"].running] * 2:
+        if attempt in routed["a"].running:
+            routed["a"].emit(attempt)
+    assert [ids_of(outputs) for outputs in await asyncio.gather(*reading)] == (
+        [scripted_output([5, 6, 7], 2)] * 4
+    )
 
 
 async def test_progress_buys_replays_up_to_a_total(routed: Routed) -> None:
