@@ -190,6 +190,32 @@ async def test_ping_is_answered_while_calls_hang(client: ControlClient) -> None:
     await asyncio.gather(hanging, return_exceptions=True)
 
 
+async def test_a_pause_of_the_one_who_pings_is_no_silence_of_the_server(
+    client: ControlClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    pinging = asyncio.create_task(client.ping(timeout_s=TIMEOUT_S))
+    await asyncio.sleep(0)
+    before = loop.time
+    monkeypatch.setattr(loop, "time", lambda: before() + 10 * TIMEOUT_S)
+    await pinging
+
+
+async def test_a_ping_of_a_server_that_hangs_has_an_end(tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "s.sock"))
+    listener.listen()
+    client = await connect(tmp_path / "s.sock")
+    with pytest.raises(DeadlineExceeded, match=r"s\.sock did not answer in 0\.08 s"):
+        await client.ping(timeout_s=0.08)
+    pinging = asyncio.create_task(client.ping(timeout_s=TIMEOUT_S))
+    await asyncio.sleep(0)
+    await client.close()
+    with pytest.raises(ConnectionLost):
+        await pinging
+    listener.close()
+
+
 async def test_a_server_that_goes_away_fails_everything_under_way(
     fixture: Fixture, client: ControlClient
 ) -> None:
