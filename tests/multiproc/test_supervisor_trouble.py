@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+from collections.abc import Sequence
 
 import pytest
 
@@ -25,6 +26,7 @@ from xdeepserve.launch.cluster import Cluster
 from xdeepserve.launch.process_identity import ProcessIdentity
 from xdeepserve.launch.run_dir import create_run
 from xdeepserve.launch.supervisor.__main__ import _supervise
+from xdeepserve.launch.supervisor.child import Child
 from xdeepserve.launch.supervisor.messages import Member, WorkerState
 from xdeepserve.launch.supervisor.supervisor import Supervisor
 
@@ -88,6 +90,26 @@ async def test_the_supervisor_is_started_when_there_is_room(
     async with running_cluster(attention=1) as running:
         assert len(asked) == 3
         assert running.member("dp0").state is WorkerState.READY
+
+
+async def test_a_supervisor_that_hangs_in_its_start_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spawned: list[Child] = []
+
+    def spawn(command: Sequence[str]) -> Child:
+        """First one that never opens its socket, with little time; then a real one."""
+        is_first = not spawned
+        monkeypatch.setattr("xdeepserve.launch.cluster.SILENCE_TIMEOUT_S", 0.08 if is_first else 60)
+        spawned.append(start(["sleep", "3600"] if is_first else command))
+        return spawned[-1]
+
+    start = Child.spawn
+    monkeypatch.setattr(Child, "spawn", spawn)
+    async with running_cluster(attention=1):
+        first, second = spawned
+        assert first.exited.result() == -signal.SIGKILL
+        assert not second.exited.done()
 
 
 async def test_a_worker_that_cannot_be_ended_ends_the_supervisor(

@@ -42,6 +42,10 @@ RECONNECT_S: Final = 0.05
 RETRY_S: Final = 0.2
 PING_INTERVAL_S: Final = 1.0
 PING_TIMEOUT_S: Final = 5.0
+SILENCE_TIMEOUT_S: Final = 30.0
+"""How long a supervisor may run without telling the membership: it starts, or it ends."""
+SILENCE_TICKS: Final = 8
+"""In which that time is counted, so that a pause of this process blames nobody."""
 STOP_MARGIN_S: Final = 20.0
 """Beyond the drain: for SIGTERM, SIGKILL and the supervisor's own end."""
 
@@ -70,6 +74,8 @@ class Cluster:
         self._supervisor_error: str | None = None
         self._news = asyncio.Condition()
         self._supervisor: Child | None = None
+        # Process of the supervisor that is being followed.
+        self._followed_pid: int | None = None
         self.background = Background()
 
     async def start(self, *, timeout_s: float) -> None:
@@ -159,7 +165,7 @@ class Cluster:
             except OSError as exc:  # no room for another process; there may be some later
                 reason = note = f"cannot be started: {exc.strerror or exc}"
             else:
-                code = await asyncio.shield(child.exited)
+                code = await self._end_of(child)
                 if self._is_stopping and code == 0:
                     return
                 reason = describe_exit(code)
@@ -171,6 +177,17 @@ class Cluster:
                 wait_s = self._service.deployment.supervision.backoff_max_s
             logger.warning("the supervisor %s; next start in %g s", reason, wait_s)
             await asyncio.sleep(wait_s)
+
+    async def _end_of(self, supervisor: Child) -> int | None:
+        """Its exit code. One that cannot be followed, and so not be pinged, is killed in time."""
+        num_silent = 0
+        while not await supervisor.wait(timeout_s=SILENCE_TIMEOUT_S / SILENCE_TICKS):
+            is_followed = self._followed_pid == supervisor.identity.pid
+            num_silent = 0 if is_followed else num_silent + 1
+            if num_silent >= SILENCE_TICKS:
+                logger.warning("the supervisor does not tell the membership; killing it")
+                supervisor.send_signal(signal.SIGKILL)
+        return supervisor.exited.result()
 
     async def _give_up_start(self, error: str) -> None:
         """Who waits for the start of the service need not wait any longer."""
@@ -186,8 +203,10 @@ class Cluster:
                     pinging = asyncio.create_task(self._ping_supervisor(client))
                     try:
                         async for membership in client.stream(Subscribe(), item_timeout_s=None):
+                            self._followed_pid = client.peer.pid
                             await self._take(membership)
                     finally:
+                        self._followed_pid = None
                         pinging.cancel()
             await asyncio.sleep(RECONNECT_S)
 
