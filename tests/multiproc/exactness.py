@@ -24,6 +24,7 @@ from tests.multiproc.cluster_harness import SUPERVISION, run_folder
 from xdeepserve.config import EngineConfig, ModelConfig
 from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.flowserve.router import RouterEngine
+from xdeepserve.launch.background import Background
 from xdeepserve.launch.cluster import Cluster
 from xdeepserve.launch.compose import LoadedModel, load_named, shape_of
 from xdeepserve.launch.deployment import (
@@ -294,9 +295,11 @@ def make_service(loaded: LoadedModel, dtype: str, topology: Topology) -> Service
 async def serving(model: str, dtype: str, topology: Topology) -> AsyncIterator[Serving]:
     """A cluster whose workers are ready; afterwards nothing of it may be left."""
     loaded = load_named(model, ModelConfig(dtype=dtype))
-    members = RouterMembers(drain_timeout_s=1.0)
+    background = Background()
+    members = RouterMembers(drain_timeout_s=1.0, background=background)
     with run_folder() as folder:
-        cluster = Cluster(make_service(loaded, dtype, topology), members)
+        service = make_service(loaded, dtype, topology)
+        cluster = Cluster(service, members, background=background)
         run_id = cluster.run.run_id
         try:
             await cluster.start(timeout_s=DEADLINE_S)

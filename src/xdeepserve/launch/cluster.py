@@ -59,8 +59,19 @@ class Cluster:
         background: tasks without which the service cannot go on; ended by `stop`.
     """
 
-    def __init__(self, service: ServiceConfig, listener: MemberListener) -> None:
+    def __init__(
+        self,
+        service: ServiceConfig,
+        listener: MemberListener,
+        *,
+        background: Background | None = None,
+    ) -> None:
         """Make the run directory and take its lease.
+
+        Args:
+            service: what is served.
+            listener: told of the DP groups.
+            background: where the listener's own tasks run; None = it has none.
 
         Raises:
             ConfigError: it cannot be made.
@@ -76,7 +87,7 @@ class Cluster:
         self._supervisor: Child | None = None
         # Process of the supervisor that is being followed.
         self._followed_pid: int | None = None
-        self.background = Background()
+        self.background = background or Background()
 
     async def start(self, *, timeout_s: float) -> None:
         """Start the supervisor; return when all workers can serve and the listener knows them.

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-from xdeepserve.errors import EngineDeadError
+from xdeepserve.errors import ConfigError, EngineDeadError
 from xdeepserve.flowserve.remote_engine import RemoteEngine
 from xdeepserve.flowserve.router import RouterEngine
 from xdeepserve.launch.background import Background
@@ -21,10 +21,16 @@ DRAIN_SHARE: Final = 0.8
 class RouterMembers:
     """A MemberListener. The router exists from the first DP group on."""
 
-    def __init__(self, *, drain_timeout_s: float) -> None:
+    def __init__(self, *, drain_timeout_s: float, background: Background) -> None:
+        """Make a listener that knows no group.
+
+        Args:
+            drain_timeout_s: time a worker gets to finish its work.
+            background: where drains run; its owner ends when one fails, and closes it.
+        """
         self._router: RouterEngine | None = None
         self._drain_timeout_s = DRAIN_SHARE * drain_timeout_s
-        self._background = Background()
+        self._background = background
         self._drains: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -39,11 +45,20 @@ class RouterMembers:
         return self._router
 
     async def joined(self, member: Member) -> None:
-        """Connect to the group and route to it."""
+        """Connect to the group and route to it.
+
+        Raises:
+            ConfigError: it does not serve what the others serve.
+            DeadlineExceeded: it does not answer.
+        """
         engine = await RemoteEngine.connect(Path(member.socket), timeout_s=CONNECT_TIMEOUT_S)
         if self._router is None:
             self._router = RouterEngine(engine.info)
-        self._router.add(member.name, engine)
+        try:
+            self._router.add(member.name, engine)
+        except ConfigError:
+            await engine.close(drain_timeout_s=0.0)
+            raise
 
     async def draining(self, member: Member) -> None:
         """Begin to move requests away; other members need not wait for that."""

@@ -11,6 +11,7 @@ from typing import Final
 from setproctitle import setproctitle
 
 from xdeepserve.flowserve.build import engine_info
+from xdeepserve.launch.background import Background
 from xdeepserve.launch.cluster import Cluster
 from xdeepserve.launch.cluster_metrics import ClusterCollector
 from xdeepserve.launch.compose import LoadedModel, shape_of
@@ -79,12 +80,15 @@ async def _serve(
     access_log: bool,
 ) -> None:
     deployment = service.deployment
-    members = RouterMembers(drain_timeout_s=deployment.supervision.drain_timeout_s)
-    cluster = Cluster(service, members)
+    background = Background()
+    members = RouterMembers(
+        drain_timeout_s=deployment.supervision.drain_timeout_s, background=background
+    )
+    cluster = Cluster(service, members, background=background)
     setup_logging(TITLE, run_id=cluster.run.run_id)
     logger.info("run %s in %s", cluster.run.run_id, cluster.run.path)
     collector = ClusterCollector()
-    cluster.background.start(collector.follow(cluster), name="asking the workers for metrics")
+    background.start(collector.follow(cluster), name="asking the workers for metrics")
     ready_line = f"xdeepserve: serving {names[0]} on {url_of(listener)}"
     try:
         await cluster.start(timeout_s=deployment.supervision.start_timeout_s)
@@ -102,6 +106,6 @@ async def _serve(
             access_log=access_log,
             on_ready=lambda: print(ready_line, flush=True),
         )
-        await cluster.background.guard(server.serve(sockets=[listener]), stop=server.stop)
+        await background.guard(server.serve(sockets=[listener]), stop=server.stop)
     finally:
         await cluster.stop(drain_timeout_s=STOP_DRAIN_S)
