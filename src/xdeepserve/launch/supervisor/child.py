@@ -98,6 +98,9 @@ def describe_exit(code: int | None) -> str:
     """An exit code in words."""
     if code is None:
         return "ended"
-    if code < 0:
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
         return f"killed by {signal.Signals(-code).name}"
-    return f"ended with code {code}"
+    except ValueError:  # Most real-time signals have no name.
+        return f"killed by signal {-code}"
