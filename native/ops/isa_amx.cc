@@ -1,4 +1,5 @@
-// Kernels for avx512 with tile registers (AMX): the same vector type, and GEMMs of their own.
+// Kernels for avx512 with tile registers (AMX): the same vector type; GEMMs and attention
+// over a bf16 cache of their own.
 #include <immintrin.h>
 
 #include <math.h>
@@ -19,12 +20,14 @@ namespace {
 #include "kernels_table.inl"
 
 #include "kernels_amx.inl"
+#include "kernels_amx_attend.inl"
 
 constexpr Kernels make_amx_table() {
   Kernels table = make_table("amx");
   table.begin_operator = forget_tiles;
   table.panel_gemm[1] = tile_gemm<Bf16Tile>;
   table.panel_gemm[2] = tile_gemm<Int8Tile>;
+  table.attend = attend_tiles;
   return table;
 }
 }  // namespace

@@ -111,17 +111,18 @@ inline void write_result(const AttendTask& t, int64_t value_pad, int64_t row, co
   }
 }
 
-template <class E>
-inline void attend_typed(const AttendTask& t) {
-  const AttendScratch s = split_scratch(t);
+// partition(first position, count, parts) attends to one partition; returns the first row that saw
+// any of it.
+template <class E, class Scratch, class Partition>
+inline void walk_partitions(const AttendTask& t, const Scratch& s, Partition&& partition) {
   const int64_t length = t.first_length + t.rows / t.rows_per_token - 1;
   for (int64_t p = t.first_partition; p < t.stop_partition; ++p) {
     const int64_t first = p * kPartition, count = lesser(kPartition, length - first);
     if (t.parts != nullptr) {
-      attend_partition<E>(t, s, first, count, t.parts + p * t.rows * s.pitch);
+      partition(first, count, t.parts + p * t.rows * s.pitch);
       continue;
     }
-    const int64_t start = attend_partition<E>(t, s, first, count, p == 0 ? s.total : s.part);
+    const int64_t start = partition(first, count, p == 0 ? s.total : s.part);
     for (int64_t r = start; p > 0 && r < t.rows; ++r) {
       merge_part(s.total + r * s.pitch, s.part + r * s.pitch, s.value_pad);
     }
@@ -129,6 +130,14 @@ inline void attend_typed(const AttendTask& t) {
   for (int64_t r = 0; t.parts == nullptr && r < t.rows; ++r) {
     write_result<E>(t, s.value_pad, r, s.total + r * s.pitch);
   }
+}
+
+template <class E>
+inline void attend_typed(const AttendTask& t) {
+  const AttendScratch s = split_scratch(t);
+  walk_partitions<E>(t, s, [&](int64_t first, int64_t count, float* parts) {
+    return attend_partition<E>(t, s, first, count, parts);
+  });
 }
 
 void attend(const AttendTask& t) {

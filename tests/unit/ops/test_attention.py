@@ -8,14 +8,29 @@ import numpy as np
 import pytest
 
 from tests.unit.ops.cases import ISAS, Paged, make_cpu, make_paged, normal, rope_table
-from xdeepserve.ops import AttentionBatch, KVLayer, QKNorm
+from xdeepserve.ops import F32, AttentionBatch, KVLayer, QKNorm
 from xdeepserve.ops.cpu import CpuOps
+from xdeepserve.ops.quant import from_bf16, to_bf16
 from xdeepserve.ops.reference import ReferenceOps
 
+DTYPES = [np.float32, np.uint16]
 LENGTHS = [(1, 1), (3, 20), (1, 64), (1, 65), (40, 40), (0, 9), (17, 150), (1, 300), (5, 600)]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def _as_read(cpu: CpuOps, q: F32, dtype: type) -> F32:
+    """Tile registers take queries in the precision of the cache."""
+    return from_bf16(to_bf16(q)) if cpu.isa == "amx" and dtype is np.uint16 else q
+
+
+def _assert_close(cpu: CpuOps, dtype: type, got: F32, want: F32) -> None:
+    """To float32 rounding; on tile registers, of bf16 weights: 2^-8 of values below 4."""
+    is_rounded = cpu.isa == "amx" and dtype is np.uint16
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=4 / 256 if is_rounded else 2e-6)
+    if is_rounded:  # errors of many weights cancel
+        assert float(np.sqrt(np.mean((got - want) ** 2))) < 1.5e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(1, 1, 8), (6, 2, 64), (9, 3, 21), (4, 1, 16)])
 def test_paged_attention_agrees_with_reference(
     cpu: CpuOps,
@@ -28,12 +43,15 @@ def test_paged_attention_agrees_with_reference(
     paged = make_paged(rng, LENGTHS, heads=kv_heads, dim=dim, dtype=dtype)
     q = normal(rng, paged.num_tokens, num_heads, dim)
     got = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.3)
-    want = reference.paged_attention(q, paged.batch, paged.kv, scale=0.3)
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    want = reference.paged_attention(_as_read(cpu, q, dtype), paged.batch, paged.kv, scale=0.3)
+    _assert_close(cpu, dtype, got, want)
 
 
-def test_attention_row_does_not_depend_on_its_batch(cpu: CpuOps, rng: np.random.Generator) -> None:
-    paged = make_paged(rng, LENGTHS, heads=2, dim=24)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_row_does_not_depend_on_its_batch(
+    cpu: CpuOps, rng: np.random.Generator, dtype: type
+) -> None:
+    paged = make_paged(rng, LENGTHS, heads=2, dim=24, dtype=dtype)
     q = normal(rng, paged.num_tokens, 6, 24)
     together = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.2)
     for b in range(len(LENGTHS)):
@@ -42,11 +60,12 @@ def test_attention_row_does_not_depend_on_its_batch(cpu: CpuOps, rng: np.random.
         np.testing.assert_array_equal(alone, together[rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 100])
 def test_attention_does_not_depend_on_chunking(
-    cpu: CpuOps, rng: np.random.Generator, chunk: int
+    cpu: CpuOps, rng: np.random.Generator, chunk: int, dtype: type
 ) -> None:
-    paged = make_paged(rng, [(160, 200)], heads=1, dim=16)
+    paged = make_paged(rng, [(160, 400)], heads=1, dim=16, dtype=dtype)
     q = normal(rng, 160, 3, 16)
     whole = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.25)
     for start in range(0, 160, chunk):
@@ -66,29 +85,32 @@ def _one_chunk(batch: AttentionBatch, rows: slice) -> AttentionBatch:
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_future_positions_of_the_same_sequence_do_not_leak(
-    cpu: CpuOps, rng: np.random.Generator
+    cpu: CpuOps, rng: np.random.Generator, dtype: type
 ) -> None:
-    paged = make_paged(rng, [(30, 90)], heads=1, dim=16)
+    paged = make_paged(rng, [(30, 90)], heads=1, dim=16, dtype=dtype)
     q = normal(rng, 30, 2, 16)
     before = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.25)
     assert paged.kv.v is not None
     block = paged.batch.block_tables[0, 5]
-    paged.kv.k[block, :, :, 9] = paged.kv.v[block, :, 9] = np.nan  # position 89
+    nan = np.nan if dtype is np.float32 else to_bf16(np.full((), np.nan, np.float32))
+    paged.kv.k[block, :, :, 9] = paged.kv.v[block, :, 9] = nan  # position 89
     after = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.25)
     np.testing.assert_array_equal(after[:29], before[:29])
     assert np.isnan(after[29]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [1, 5, 32])
 def test_attention_does_not_depend_on_block_size(
-    cpu: CpuOps, rng: np.random.Generator, block_size: int
+    cpu: CpuOps, rng: np.random.Generator, block_size: int, dtype: type
 ) -> None:
     results = []
     q = normal(rng, 9, 4, 20)
     for size in (16, block_size):
         same = np.random.default_rng(5)
-        paged = make_paged(same, [(9, 77)], heads=2, dim=20, block_size=size)
+        paged = make_paged(same, [(9, 77)], heads=2, dim=20, block_size=size, dtype=dtype)
         _fill(paged, np.random.default_rng(6), block_size=size, length=77)
         results.append(cpu.paged_attention(q, paged.batch, paged.kv, scale=0.2))
     np.testing.assert_array_equal(results[0], results[1])
@@ -98,21 +120,34 @@ def _fill(paged: Paged, rng: np.random.Generator, *, block_size: int, length: in
     assert paged.kv.v is not None
     for position in range(length):
         block, row = paged.batch.block_tables[0, position // block_size], position % block_size
-        paged.kv.k[block, :, :, row] = normal(rng, 2, 20)
-        paged.kv.v[block, :, row] = normal(rng, 2, 20)
+        key, value = normal(rng, 2, 20), normal(rng, 2, 20)
+        is_bf16 = paged.kv.k.dtype == np.uint16
+        paged.kv.k[block, :, :, row] = to_bf16(key) if is_bf16 else key
+        paged.kv.v[block, :, row] = to_bf16(value) if is_bf16 else value
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 8, 5), (48, 16, 16), (64, 32, 35)])
 def test_mla_attention_agrees_with_reference_and_with_itself_alone(
-    cpu: CpuOps, reference: ReferenceOps, rng: np.random.Generator, dtype: type
+    cpu: CpuOps,
+    reference: ReferenceOps,
+    rng: np.random.Generator,
+    shape: tuple[int, int, int],
+    dtype: type,
 ) -> None:
-    rank, rope_dim, num_heads = 40, 8, 5
+    rank, rope_dim, num_heads = shape
     paged = make_paged(rng, LENGTHS, heads=1, dim=rank + rope_dim, dtype=dtype, latent=True)
     q_latent = normal(rng, paged.num_tokens, num_heads, rank)
     q_rope = normal(rng, paged.num_tokens, num_heads, rope_dim)
     got = cpu.mla_attention(q_latent, q_rope, paged.batch, paged.kv, scale=0.1)
-    want = reference.mla_attention(q_latent, q_rope, paged.batch, paged.kv, scale=0.1)
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    want = reference.mla_attention(
+        _as_read(cpu, q_latent, dtype),
+        _as_read(cpu, q_rope, dtype),
+        paged.batch,
+        paged.kv,
+        scale=0.1,
+    )
+    _assert_close(cpu, dtype, got, want)
     rows, batch = paged.alone(6)
     alone = cpu.mla_attention(q_latent[rows], q_rope[rows], batch, paged.kv, scale=0.1)
     np.testing.assert_array_equal(alone, got[rows])
@@ -128,9 +163,10 @@ def test_many_heads_over_one_latent(
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
-def test_thread_count_does_not_touch_bits(rng: np.random.Generator, isa: str) -> None:
-    paged = make_paged(rng, LENGTHS, heads=2, dim=24)
+def test_thread_count_does_not_touch_bits(rng: np.random.Generator, isa: str, dtype: type) -> None:
+    paged = make_paged(rng, LENGTHS, heads=2, dim=24, dtype=dtype)
     q = normal(rng, paged.num_tokens, 6, 24)
     one, two, three = (
         make_cpu(isa=isa, num_threads=n).paged_attention(q, paged.batch, paged.kv, scale=0.2)
@@ -140,7 +176,7 @@ def test_thread_count_does_not_touch_bits(rng: np.random.Generator, isa: str) ->
     np.testing.assert_array_equal(one, three)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rotary", [(16, 16), (16, 8), (21, 10), (10, 0)])
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_rope_kv_write_agrees_with_reference(
@@ -180,7 +216,7 @@ def test_rope_leaves_the_tail_of_a_head_alone(cpu: CpuOps, rng: np.random.Genera
     np.testing.assert_array_equal(out, ReferenceOps().rope(x, table, positions))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_mla_kv_write_agrees_with_reference(
     cpu: CpuOps, reference: ReferenceOps, rng: np.random.Generator, dtype: type
 ) -> None:

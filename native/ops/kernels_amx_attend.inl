@@ -1,0 +1,335 @@
+// Attention over a bf16 cache on tile registers. Queries and softmax weights are rounded to bf16;
+// sums stay float32. Both products of a partition are taken 32 terms at a time, counted from its
+// first position or entry, so neither the rows nor the blocks of a task touch a row's bits.
+//
+//   keys [D, block]       --pair neighbours in D-->  panel of 32 positions   scores = q x panel
+//   latents [block, D]    --as they are----------->  rows; q becomes the panel, scores transposed
+//   values [block, D]     --pair positions-------->  panel of 32 columns     out = weights x panel
+//
+// Pairing leaves the 32 positions or columns of a panel in an order that in_order() undoes.
+
+constexpr int64_t kGroup = 32;          // positions or columns of a panel
+constexpr int64_t kGroupBytes = kTileSteps * kStepBytes;  // of a panel, for 32 terms
+
+struct TileScratch {
+  uint16_t* q;      // [rows, key_pad]
+  uint8_t* panel;   // latents: panels of q; else one of keys
+  uint16_t* keys;   // [64, key_pad]: latents that cannot be read in place
+  uint8_t* values;  // one panel
+  float* scores;    // [rows, kPartition]; then bf16 weights in the first half of each row
+  float* part;      // [rows, pitch], as in AttendScratch
+  float* total;
+  int64_t key_pad;
+  int64_t value_pad;
+  int64_t pitch;
+
+  int64_t key_tiles() const { return key_pad / kGroup; }
+  uint16_t* weights(int64_t row) const {
+    return reinterpret_cast<uint16_t*>(scores + row * kPartition);
+  }
+};
+
+inline TileScratch split_tile_scratch(const AttendTask& t) {
+  const int64_t rows = t.rows + kRowSlack;
+  TileScratch s;
+  s.key_pad = (t.key_dim + kGroup - 1) / kGroup * kGroup;
+  s.value_pad = (t.value_dim + 15) / 16 * 16;
+  s.pitch = part_floats(t.value_dim);
+  auto* next = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(t.scratch) + 63) / 64 * 64);
+  auto take = [&](int64_t floats) {
+    float* taken = next;
+    next += (floats + 15) / 16 * 16;
+    return taken;
+  };
+  s.scores = take(rows * kPartition);
+  s.q = reinterpret_cast<uint16_t*>(take(rows * s.key_pad / 2));
+  s.panel = reinterpret_cast<uint8_t*>(take(rows * s.key_pad / 2));
+  s.keys = reinterpret_cast<uint16_t*>(take(kKeyTile * s.key_pad / 2));
+  s.values = reinterpret_cast<uint8_t*>(take(kPartition * kGroup / 2));
+  s.part = take(t.rows * s.pitch);
+  s.total = take(t.rows * s.pitch);
+  return s;
+}
+
+struct Pair {
+  F16 first;
+  F16 second;
+};
+
+// 32 neighbours in order, from the two tiles that unpacking made of them.
+inline Pair in_order(const F16& low, const F16& high) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  return {{_mm512_permutex2var_ps(low.v, first, high.v)},
+          {_mm512_permutex2var_ps(low.v, second, high.v)}};
+}
+
+// Two rows of 32 bf16 as one row of a panel: neighbours in k side by side.
+inline void store_pairs(uint8_t* panel_row, __m512i even, __m512i odd) {
+  _mm512_store_si512(panel_row, _mm512_unpacklo_epi16(even, odd));
+  _mm512_store_si512(panel_row + 64, _mm512_unpackhi_epi16(even, odd));
+}
+
+// Where 16 positions and the next 16 have their entries of one dimension.
+inline __m512i join_positions(const uint16_t* low, const uint16_t* high) {
+  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+}
+
+// What pairing brings into the cache: the values of its own positions and the keys of the next.
+// They lie as the keys do: 16 positions in a piece, a line of each per pair of dimensions.
+struct PiecesAhead {
+  const uint16_t* pieces[4];
+
+  PiecesAhead(const AttendTask& t, const uint16_t* keys, int64_t first, int64_t at) {
+    const int64_t length = t.first_length + t.rows / t.rows_per_token - 1;
+    for (int64_t i = 0; i < 4; ++i) {
+      const int64_t position = first + at + 16 * i;
+      pieces[i] = keys;
+      if (position >= length) continue;
+      const int64_t in_block = position % t.block_size;
+      const auto* cache = static_cast<const uint16_t*>(i < 2 ? t.values : t.keys);
+      pieces[i] = cache + t.block_table[position / t.block_size] * t.block_stride +
+                  in_block * (i < 2 ? t.value_dim : 1);
+    }
+  }
+
+  void fetch(int64_t d) const {
+    for (const uint16_t* piece : pieces) __builtin_prefetch(piece + d * 16, 0, 3);
+  }
+};
+
+// The panel of keys at positions [at, at + 32) of a partition. Positions past its end repeat others.
+inline void pair_keys(const AttendTask& t, const TileScratch& s, const Places<Bf16Element>& places,
+                      int64_t first, int64_t at, int64_t count) {
+  const uint16_t* low = places.keys[at / 16];
+  const uint16_t* high = at + 16 < count ? places.keys[at / 16 + 1] : low;
+  int64_t stride = t.block_size;
+  if (t.block_size % 16 != 0) {
+    for (int64_t j = 0; j < lesser(kGroup, count - at); ++j) {
+      const int64_t position = first + at + j;
+      const uint16_t* from = static_cast<const uint16_t*>(t.keys) + position % t.block_size +
+                             t.block_table[position / t.block_size] * t.block_stride;
+      for (int64_t d = 0; d < t.key_dim; ++d) s.keys[d * kGroup + j] = from[d * t.block_size];
+    }
+    low = s.keys;
+    high = s.keys + 16;
+    stride = kGroup;
+  }
+  const PiecesAhead ahead(t, low, first, at);
+  for (int64_t d = 0; d < s.key_pad; d += 2) {
+    const __m512i zero = _mm512_setzero_si512();
+    ahead.fetch(d);
+    const int64_t even = d * stride, odd = even + stride;
+    store_pairs(s.panel + d / 2 * kStepBytes,
+                d < t.key_dim ? join_positions(low + even, high + even) : zero,
+                d + 1 < t.key_dim ? join_positions(low + odd, high + odd) : zero);
+  }
+}
+
+inline void multiply_tiles(const void* a, ptrdiff_t a_stride, bool both, const uint8_t* b,
+                           int64_t tiles) {
+  const auto* from = static_cast<const uint8_t*>(a);
+  memory_barrier();
+  clear_tiles();
+  for (int64_t i = 0; i < tiles; ++i, from += 64, b += kGroupBytes) {
+    dot_tiles<Bf16Tile>(from, a_stride, both, b);
+  }
+}
+
+inline void score_keys(const AttendTask& t, const TileScratch& s,
+                       const Places<Bf16Element>& places, int64_t first, int64_t at,
+                       int64_t count, int64_t start) {
+  pair_keys(t, s, places, first, at, count);
+  for (int64_t row = start; row < t.rows; row += kBlockRows) {
+    const bool both = row + kTileRows < t.rows;
+    multiply_tiles(s.q + row * s.key_pad, s.key_pad * 2, both, s.panel, s.key_tiles());
+    float* scores = s.scores + row * kPartition + at;
+    store_tiles(scores, kPartition * 4, both);
+    for (int64_t r = 0; r < lesser(kBlockRows, t.rows - row); ++r, scores += kPartition) {
+      const Pair pair = in_order(load(scores), load(scores + 16));
+      store(scores, pair.first);
+      store(scores + 16, pair.second);
+    }
+  }
+}
+
+// Panels of 16 query rows: entry pairs of all rows side by side, [key_pad / 2, 16].
+inline void transpose_queries(const AttendTask& t, const TileScratch& s) {
+  const int64_t pairs = s.key_pad / 2;
+  const auto* q = reinterpret_cast<const float*>(s.q);
+  auto* panel = reinterpret_cast<float*>(s.panel);
+  for (int64_t row = 0; row < t.rows; row += 8) {
+    float* to = panel + row / kTileRows * kTileRows * pairs + row % kTileRows;
+    for (int64_t d = 0; d < pairs; d += 8) {
+      transpose8(q + row * pairs + d, pairs, to + d * kTileRows, kTileRows);
+    }
+  }
+}
+
+// The latents of 64 positions, 16 to a tile. Tiles past the last position repeat the first.
+struct LatentTiles {
+  const uint16_t* rows[4];
+  ptrdiff_t stride;  // bytes
+};
+
+inline LatentTiles latent_tiles(const AttendTask& t, const TileScratch& s,
+                                const Places<Bf16Element>& places, int64_t at, int64_t count) {
+  LatentTiles tiles;
+  const bool in_place = t.block_size % 16 == 0 && t.key_dim == s.key_pad;
+  tiles.stride = s.key_pad * 2;
+  for (int64_t j = 0; !in_place && j < lesser(kKeyTile, count - at); ++j) {
+    uint16_t* row = s.keys + j * s.key_pad;
+    std::memcpy(row, places.values[at + j], static_cast<size_t>(t.key_dim) * 2);
+    for (int64_t d = t.key_dim; d < s.key_pad; ++d) row[d] = 0;
+  }
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t j = at + 16 * i < count ? 16 * i : 0;
+    tiles.rows[i] = in_place ? places.values[at + j] : s.keys + j * s.key_pad;
+  }
+  memory_barrier();
+  return tiles;
+}
+
+// Scores of 64 positions for 16 query rows, one tile of [positions, rows] for each 16 positions.
+inline void multiply_latents(const LatentTiles& tiles, const uint8_t* panel, int64_t key_tiles) {
+  clear_tiles();
+  for (int64_t i = 0; i < key_tiles; ++i, panel += kTileSteps * 64) {
+    _tile_loadd(6, panel, 64);
+    _tile_loadd(4, tiles.rows[0] + i * kGroup, tiles.stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, tiles.rows[1] + i * kGroup, tiles.stride);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_loadd(4, tiles.rows[2] + i * kGroup, tiles.stride);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, tiles.rows[3] + i * kGroup, tiles.stride);
+    _tile_dpbf16ps(3, 5, 6);
+  }
+}
+
+inline void score_latents(const AttendTask& t, const TileScratch& s,
+                          const Places<Bf16Element>& places, int64_t at, int64_t count,
+                          int64_t start) {
+  const LatentTiles tiles = latent_tiles(t, s, places, at, count);
+  for (int64_t row = start / kTileRows * kTileRows; row < t.rows; row += kTileRows) {
+    multiply_latents(tiles, s.panel + row * s.key_pad * 2, s.key_tiles());
+    alignas(64) float block[kKeyTile * kTileRows];
+    _tile_stored(0, block, 64);
+    _tile_stored(1, block + 256, 64);
+    _tile_stored(2, block + 512, 64);
+    _tile_stored(3, block + 768, 64);
+    memory_barrier();
+    for (int64_t j = 0; j < kKeyTile; j += 8) {
+      for (int64_t r = 0; r < kTileRows; r += 8) {
+        transpose8(block + j * kTileRows + r, kTileRows,
+                   s.scores + (row + r) * kPartition + at + j, kPartition);
+      }
+    }
+  }
+}
+
+// Scores -> bf16 weights exp(score * scale - max) of the first `count` positions, zero up to `end`.
+inline PartSoftmax weigh_scores(const TileScratch& s, int64_t row, int64_t count, int64_t end,
+                                float scale) {
+  float* scores = s.scores + row * kPartition;
+  const PartSoftmax softmax = softmax_part(scores, count, scale);
+  uint16_t* weights = s.weights(row);
+  int64_t i = 0;
+  for (; i < count; i += 16) {
+    const auto rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load(scores + i).v));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights + i), rounded);
+  }
+  for (; i < end; i += 16) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights + i), _mm256_setzero_si256());
+  }
+  return softmax;
+}
+
+// The panel of columns [column, column + 32) of the first `count` values, zero beyond; false when
+// one of them is not finite.
+inline bool pair_values(const AttendTask& t, const TileScratch& s,
+                        const Places<Bf16Element>& places, int64_t count, int64_t column) {
+  const int64_t columns = lesser(kGroup, t.value_dim - column);
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
+  const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
+  __m512i largest = _mm512_setzero_si512();
+  auto take = [&](int64_t j) {
+    if (j >= count) return _mm512_setzero_si512();
+    const __m512i row = _mm512_maskz_loadu_epi16(mask, places.values[j] + column);
+    largest = _mm512_max_epu16(largest, _mm512_and_si512(row, magnitude));
+    return row;
+  };
+  for (int64_t j = 0; j < (count + kGroup - 1) / kGroup * kGroup; j += 2) {
+    const __m512i even = take(j);
+    store_pairs(s.values + j / 2 * kStepBytes, even, take(j + 1));
+  }
+  return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7F80)) == 0;
+}
+
+// Weighted values of 32 columns for rows [row, stop), from a panel of `end` positions.
+inline void weigh_values(const TileScratch& s, int64_t row, int64_t stop, int64_t column,
+                         int64_t end, float* parts) {
+  for (; row < stop; row += kBlockRows) {
+    const bool both = row + kTileRows < stop;
+    multiply_tiles(s.weights(row), kPartition * 4, both, s.values, end / kGroup);
+    alignas(64) float block[kBlockRows * kPanel];
+    store_tiles(block, kPanel * 4, both);
+    for (int64_t r = 0; r < lesser(kBlockRows, stop - row); ++r) {
+      float* part = parts + (row + r) * s.pitch + column;
+      const Pair pair = in_order(load(block + r * kPanel), load(block + r * kPanel + 16));
+      store(part, pair.first);
+      if (column + 16 < s.value_pad) store(part + 16, pair.second);
+    }
+  }
+}
+
+inline int64_t attend_tile_partition(const AttendTask& t, const TileScratch& s, int64_t first,
+                                     int64_t count, float* parts) {
+  const int64_t start = greater(0, first - t.first_length + 1) * t.rows_per_token;
+  const int64_t end = (count + kGroup - 1) / kGroup * kGroup;
+  auto seen = [&](int64_t row) {
+    return lesser(count, t.first_length + row / t.rows_per_token - first);
+  };
+  const Places<Bf16Element> places(t, first, count);
+  const bool latent = t.values == nullptr;
+  for (int64_t at = 0; at < count; at += latent ? kKeyTile : kGroup) {
+    if (latent) {
+      score_latents(t, s, places, at, count, start);
+    } else {
+      score_keys(t, s, places, first, at, count, start);
+    }
+  }
+  for (int64_t r = start; r < t.rows; ++r) {
+    const PartSoftmax softmax = weigh_scores(s, r, seen(r), end, t.scale);
+    parts[r * s.pitch + s.value_pad] = softmax.max;
+    parts[r * s.pitch + s.value_pad + 1] = softmax.sum;
+  }
+  for (int64_t column = 0; column < t.value_dim; column += kGroup) {
+    const bool is_finite = pair_values(t, s, places, count, column);
+    if (is_finite || seen(start) == count) {
+      weigh_values(s, start, t.rows, column, end, parts);
+      continue;
+    }
+    for (int64_t r = start; r < t.rows; ++r) {  // zero times infinity: keep to what a row sees
+      pair_values(t, s, places, seen(r), column);
+      weigh_values(s, r, r + 1, column, (seen(r) + kGroup - 1) / kGroup * kGroup, parts);
+    }
+  }
+  return start;
+}
+
+void attend_tiles(const AttendTask& t) {
+  if (!t.bf16) return attend(t);
+  shape_tiles();
+  const TileScratch s = split_tile_scratch(t);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    uint16_t* row = s.q + r * s.key_pad;
+    to_bf16_row(t.q[r], t.key_dim, row);
+    for (int64_t d = t.key_dim; d < s.key_pad; ++d) row[d] = 0;
+  }
+  if (t.values == nullptr) transpose_queries(t, s);
+  walk_partitions<F32Element>(t, s, [&](int64_t first, int64_t count, float* parts) {
+    return attend_tile_partition(t, s, first, count, parts);
+  });
+}
