@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,16 +34,17 @@ from xdeepserve.testing.fault_drill import (
     kill_worker,
     scale_through,
     steady_requests,
+    thaw_worker,
 )
-from xdeepserve.testing.live_service import LiveService
+from xdeepserve.testing.live_service import LiveRun, LiveService
 from xdeepserve.testing.watched_streams import watched_requests
 
 CRASH_WINDOW_S = 4.0
 """Faults that are injected on purpose, one after the other, are no crash loop."""
 
 FROZEN_S = 5.0
-SCALE_S = 6.0
-"""How long the undisturbed run beside a scaling lasts."""
+LOAD_S = 6.0
+"""How long an undisturbed run lasts, where the load goes on during the injection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,9 @@ class Kind:
         harms: injected in turn.
         aim_s: for what the fault adds to the longest gap; of scaling, for the longest gap in all.
         replicas: redundant experts on each expert worker.
-        is_scaling: the load goes on for as long as the injection takes.
+        repeats: the load goes on for as long as the injection takes.
+        is_scaling: no fault, but a promise.
+        supervision: settings of the supervisor that differ from the default.
     """
 
     about: str
@@ -64,7 +67,9 @@ class Kind:
     harms: tuple[Harm, ...]
     aim_s: float
     replicas: int = 0
+    repeats: bool = False
     is_scaling: bool = False
+    supervision: Mapping[str, float] = field(default_factory=dict)
 
 
 def shape(attention: int, ffn: int, expert: int) -> dict[str, int]:
@@ -91,10 +96,15 @@ KINDS = {
     "ffn-restart": Kind(
         "SIGKILL of the only FFN worker", shape(1, 1, 1), (kill_worker("ffn0"),), 3.0
     ),
-    "expert-freeze": Kind(
-        f"SIGSTOP of an expert worker, SIGCONT after {FROZEN_S:g} s; another one steps in",
+    "expert-thawed": Kind(
+        f"SIGSTOP of an expert worker, SIGCONT after {FROZEN_S:g} s; the same life serves again",
         shape(1, 1, 2),
-        (freeze_worker("expert0", FROZEN_S), freeze_worker("expert1", FROZEN_S)), 1.0,
+        (thaw_worker("expert0", FROZEN_S), thaw_worker("expert1", FROZEN_S)), 1.0,
+        repeats=True, supervision={"freeze_timeout_s": 2 * FROZEN_S},
+    ),
+    "expert-frozen": Kind(
+        "SIGSTOP of an expert worker; the supervisor kills it when it has been frozen too long",
+        shape(1, 1, 2), (freeze_worker("expert0"), freeze_worker("expert1")), 1.0, repeats=True,
     ),
     "group-spare": Kind(
         "SIGKILL of a DP group; the other one continues its requests",
@@ -108,11 +118,13 @@ KINDS = {
     ),
     "scale-expert": Kind(
         "xds scale through 1-2-3-1 expert workers",
-        shape(1, 1, 1), (scale_through("expert", (2, 3, 1)),), 0.2, is_scaling=True,
+        shape(1, 1, 1), (scale_through("expert", (2, 3, 1)),), 0.2,
+        repeats=True, is_scaling=True,
     ),
     "scale-attention": Kind(
         "xds scale through 1-2-1 DP groups",
-        shape(1, 1, 1), (scale_through("attention", (2, 1)),), 0.2, is_scaling=True,
+        shape(1, 1, 1), (scale_through("attention", (2, 1)),), 0.2,
+        repeats=True, is_scaling=True,
     ),
 }  # fmt: skip
 
@@ -157,7 +169,7 @@ def deployment_file(folder: Path, kind: Kind, model: str) -> Path:
     """What `kind` is tried on."""
     roles: dict[str, Any] = {role: {"count": count} for role, count in kind.counts.items()}
     roles["expert"]["replicas"] = kind.replicas
-    supervision = {"crash_loop_window_s": CRASH_WINDOW_S}
+    supervision = {"crash_loop_window_s": CRASH_WINDOW_S, **kind.supervision}
     path = folder / "deployment.yaml"
     path.write_text(yaml.safe_dump({"model": model, "roles": roles, "supervision": supervision}))
     return path
@@ -167,14 +179,14 @@ async def try_kind(kind: Kind, service: LiveService, args: argparse.Namespace) -
     """Undisturbed runs, then all repeats, then the end."""
     requests = await steady_requests(service, args.streams, args.tokens)
     drills = Drills(service, requests)
-    undisturbed_s = SCALE_S if kind.is_scaling else 0.0
     # The first one also fills prefix caches and tunes microbatches, and is not timed.
-    await drills.undisturbed(undisturbed_s)
+    await drills.undisturbed()
+    undisturbed_s = LOAD_S if kind.repeats else 0.0
     undisturbed = [await drills.undisturbed(undisturbed_s) for _ in range(args.undisturbed)]
     disturbed = []
     for repeat in range(args.times):
         harm = kind.harms[repeat % len(kind.harms)]
-        disturbed.append(await drills.drill(harm, repeats=kind.is_scaling))
+        disturbed.append(await drills.drill(harm, repeats=kind.repeats))
         print(".", end="", file=sys.stderr, flush=True)
     exit_code = service.stop()
     return Outcome(undisturbed, disturbed, await service.leftovers(), exit_code)
@@ -196,7 +208,7 @@ async def kill_gateway(service: LiveService, args: argparse.Namespace) -> list[s
     requests = watched_requests(args.streams, args.tokens)
     drills = Drills(service, requests)
 
-    async def harm(service: LiveService) -> None:
+    async def harm(run: LiveRun) -> None:
         service.kill()
 
     await drills.drill(harm)

@@ -42,6 +42,7 @@ COUNTERS: Final = {
     "rows": ("worker_rows", "Rows that an FFN or expert worker computed."),
     "failovers": ("worker_failovers", "Exchanges of a DP group that went to another worker."),
     "fallbacks": ("worker_fallbacks", "Exchanges that a DP group computed itself."),
+    "late_answers": ("worker_late_answers", "Answers that a DP group had given up and dropped."),
 }
 """Number of a heartbeat's load -> name and text of its counter."""
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
-from xdeepserve.testing.live_service import LiveService
+from xdeepserve.errors import EngineDeadError
+from xdeepserve.launch.supervisor.messages import Status
+from xdeepserve.testing.live_service import LiveRun, LiveService, count_in, process_in
 from xdeepserve.testing.watched_streams import (
     StreamRecord,
     WatchedLoad,
@@ -28,14 +30,14 @@ from xdeepserve.testing.watched_streams import (
 BEGUN_CHUNKS: Final = 4
 """Every stream has so many when the harm is done: all are decoding."""
 
-Harm = Callable[[LiveService], Awaitable[None]]
+Harm = Callable[[LiveRun], Awaitable[None]]
 """Does harm, and returns when the service has settled again."""
 
 
 def kill_worker(name: str) -> Harm:
     """SIGKILL to a worker, or to "supervisor"."""
 
-    async def harm(service: LiveService) -> None:
+    async def harm(service: LiveRun) -> None:
         process = await service.process_of(name)
         process.kill(signal.SIGKILL)
         await service.until_replaced(name, process)
@@ -43,15 +45,41 @@ def kill_worker(name: str) -> Harm:
     return harm
 
 
-def freeze_worker(name: str, duration_s: float) -> Harm:
-    """SIGSTOP to a worker and SIGCONT after `duration_s`, if it is still there then."""
+def freeze_worker(name: str) -> Harm:
+    """SIGSTOP to a worker, for longer than the supervisor bears it."""
 
-    async def harm(service: LiveService) -> None:
+    async def harm(service: LiveRun) -> None:
         process = await service.process_of(name)
         process.kill(signal.SIGSTOP)
-        await asyncio.sleep(duration_s)
+        await service.until_replaced(name, process)
+
+    return harm
+
+
+def thaw_worker(name: str, frozen_s: float) -> Harm:
+    """SIGSTOP to an FFN or expert worker, SIGCONT after `frozen_s`: the same life must go on.
+
+    It has settled when the worker serves again and an answer that it owed since before was dropped.
+
+    Raises:
+        EngineDeadError: the worker was replaced.
+    """
+
+    async def harm(service: LiveRun) -> None:
+        process, before = await service.process_of(name), await service.status()
+        process.kill(signal.SIGSTOP)
+        await asyncio.sleep(frozen_s)
+        frozen = await service.status()
         process.kill(signal.SIGCONT)
-        await service.until(lambda status: status.membership.is_settled())
+
+        def is_back(status: Status) -> bool:
+            if process_in(status, name) != process:
+                raise EngineDeadError(f"{name} was replaced instead of being welcomed back")
+            serves = count_in(status, "requests", name) > count_in(frozen, "requests", name)
+            has_dropped = count_in(status, "late_answers") > count_in(before, "late_answers")
+            return serves and has_dropped and status.membership.is_settled()
+
+        await service.until(is_back)
 
     return harm
 
@@ -59,7 +87,7 @@ def freeze_worker(name: str, duration_s: float) -> Harm:
 def scale_through(role: str, counts: Sequence[int]) -> Harm:
     """`xds scale` to each of the counts in turn."""
 
-    async def harm(service: LiveService) -> None:
+    async def harm(service: LiveRun) -> None:
         for count in counts:
             await service.scale({role: count})
 
@@ -122,7 +150,7 @@ class Drills:
             harm_s: let the clients repeat their requests for so long; 0 = one request each.
         """
 
-        async def wait(service: LiveService) -> None:
+        async def wait(service: LiveRun) -> None:
             await asyncio.sleep(harm_s)
 
         return await self.drill(wait, repeats=harm_s > 0)

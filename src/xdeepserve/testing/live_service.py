@@ -1,4 +1,5 @@
-"""LiveService: a running `xds serve` with workers, seen from outside: who runs, what is left.
+"""LiveRun and LiveService: a running `xds serve` with workers, seen from outside: who runs, what
+is left.
 
 For programs that do things to a service and look whether it minds: fault drills, tests.
 """
@@ -23,7 +24,7 @@ from xdeepserve.errors import (
     XDeepServeError,
 )
 from xdeepserve.launch.process_identity import ProcessIdentity
-from xdeepserve.launch.run_dir import living_runs
+from xdeepserve.launch.run_dir import RunDirectory, living_runs
 from xdeepserve.launch.server_process import ServerProcess
 from xdeepserve.launch.supervisor.client import status_of
 from xdeepserve.launch.supervisor.messages import SUPERVISOR_NAME, Status
@@ -33,22 +34,11 @@ VANISH_TIMEOUT_S: Final = 15.0
 POLL_S: Final = 0.02
 
 
-class LiveService:
-    """Processes of one service by name. For use on one event loop."""
+class LiveRun:
+    """Processes of one run by name. For use on one event loop."""
 
-    def __init__(self, server: ServerProcess) -> None:
-        """Find the run of `server`, which is ready.
-
-        Raises:
-            ConfigError: it has none: it serves in one process.
-        """
-        self.server = server
-        for run in living_runs():
-            gateway = run.gateway()
-            if gateway is not None and gateway.pid == server.pid:
-                self.run = run
-                return
-        raise ConfigError("the server has no run directory; start it with worker counts")
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
 
     async def status(self) -> Status:
         """As `xds status`; asks again while the supervisor is being replaced.
@@ -118,6 +108,19 @@ class LiveService:
         if process.returncode != 0:
             raise XDeepServeError(f"xds scale {' '.join(words)}: {output.decode().strip()}")
 
+
+class LiveService(LiveRun):
+    """A LiveRun and its gateway's process."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        """Find the run of `server`, which is ready.
+
+        Raises:
+            ConfigError: it has none: it serves in one process.
+        """
+        super().__init__(_run_of(server))
+        self.server = server
+
     def stop(self) -> int:
         """SIGTERM to the gateway; returns its exit code."""
         return self.server.stop()
@@ -141,12 +144,26 @@ class LiveService:
         return [*left, str(self.run.path)] if self.run.path.exists() else left
 
 
+def _run_of(server: ServerProcess) -> RunDirectory:
+    for run in living_runs():
+        gateway = run.gateway()
+        if gateway is not None and gateway.pid == server.pid:
+            return run
+    raise ConfigError("the server has no run directory; start it with worker counts")
+
+
 def process_in(status: Status, name: str) -> ProcessIdentity | None:
     """The process of a worker, or of "supervisor"; None when it has none."""
     if name == SUPERVISOR_NAME:
         return status.supervisor
     member = status.membership.find(name)
     return None if member is None else member.process
+
+
+def count_in(status: Status, number: str, name: str | None = None) -> float:
+    """A number of the load that a worker reports, or of all workers together."""
+    beats = status.heartbeats
+    return sum(beats[each].load.get(number, 0) for each in beats if name in (None, each))
 
 
 def _holders(folder: Path) -> list[int]:

@@ -77,6 +77,11 @@ class XcclTransport:
         self.num_failovers = 0
         self.num_fallbacks = 0
 
+    @property
+    def num_late_answers(self) -> int:
+        """Answers that came after their request had gone to others, and were dropped."""
+        return self._port.num_late
+
     def wait_complete(self, *, timeout_s: float) -> bool:
         """Return when every module has a rank that answers; False if not in time."""
         deadline_s = SYSTEM_CLOCK.monotonic() + timeout_s

@@ -123,11 +123,15 @@ class DPBody:
         return 0 if self._transport is None else self._transport.num_exchanges
 
     def _exchange_counts(self) -> dict[str, float]:
-        """How often other ranks, or this process, took over for a lost one."""
+        """How often others, or this process, took over for a lost rank; its answers dropped."""
         transport = self._transport
         if transport is None:
             return {}
-        return {"failovers": transport.num_failovers, "fallbacks": transport.num_fallbacks}
+        return {
+            "failovers": transport.num_failovers,
+            "fallbacks": transport.num_fallbacks,
+            "late_answers": transport.num_late_answers,
+        }
 
     async def drain(self, *, timeout_s: float) -> None:
         """Finish what runs; what is left at the timeout is aborted."""
