@@ -121,6 +121,10 @@ KINDS = {
         shape(1, 1, 1), (scale_through("expert", (2, 3, 1)),), 0.2,
         repeats=True, is_scaling=True,
     ),
+    "scale-ffn": Kind(
+        "xds scale through 1-2-1 FFN workers",
+        shape(1, 1, 1), (scale_through("ffn", (2, 1)),), 0.2, repeats=True, is_scaling=True,
+    ),
     "scale-attention": Kind(
         "xds scale through 1-2-1 DP groups",
         shape(1, 1, 1), (scale_through("attention", (2, 1)),), 0.2,

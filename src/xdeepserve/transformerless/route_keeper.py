@@ -13,6 +13,7 @@ from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.ops import I32
+from xdeepserve.transformerless.moe_transport import StepTag
 from xdeepserve.transformerless.routing import NOBODY, LiveRouting, RoutingTable
 from xdeepserve.xccl import PeerState, Port
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Who answers for one layer at this moment.
+    """Who answers for one exchange at this moment.
 
     Attributes:
         epoch: for the tags of exchanges; grows with every look at who answers.
@@ -64,12 +65,16 @@ class RouteKeeper:
             self.look()
         return self._table
 
-    def route(self, layer_idx: int) -> Route:
-        """Who answers for a layer, as of the latest look."""
+    def route(self, tag: StepTag) -> Route:
+        """Who answers for an exchange, as of the latest look.
+
+        FFN ranks take turns by layer, microbatch and step, and each asker begins with another one.
+        """
+        turn = self._port.rank + tag.step_idx + tag.layer_idx + tag.microbatch_idx
         return Route(
             self._epoch,
-            self._ffn_rank,
-            self._owners[layer_idx],
+            self._ffn_ranks[turn % len(self._ffn_ranks)] if self._ffn_ranks else NOBODY,
+            self._owners[tag.layer_idx],
             self._has_experts,
             self._table.num_replicas.shape[1],
         )
@@ -77,8 +82,8 @@ class RouteKeeper:
     @property
     def is_complete(self) -> bool:
         """Whether every module that ranks serve has one that answers, as of the latest look."""
-        has_ffn = self._ffn_rank != NOBODY or not self._table.ffn_ranks
-        return has_ffn and (self._has_experts or not self._table.expert_ranks)
+        has_ffn = self._ffn_ranks or not self._table.ffn_ranks
+        return bool(has_ffn) and (self._has_experts or not self._table.expert_ranks)
 
     def look(self) -> None:
         """Link newcomers, and look at every rank of the table now."""
@@ -110,8 +115,7 @@ class RouteKeeper:
         table = self._table
         self._lost = lost
         self._owners = table.expert_owners(lost)
-        ffn = [rank for rank in table.ffn_ranks if rank not in lost]
-        self._ffn_rank = ffn[self._port.rank % len(ffn)] if ffn else NOBODY
+        self._ffn_ranks = [rank for rank in table.ffn_ranks if rank not in lost]
         self._has_experts = any(rank not in lost for rank in table.expert_ranks)
 
     def _answers(self, rank: int) -> bool:

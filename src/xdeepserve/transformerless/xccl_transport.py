@@ -111,7 +111,7 @@ class XcclTransport:
     def _send(self, handle: XcclHandle) -> None:
         """Post the legs for modules that others serve."""
         layer_idx, table = handle.tag.layer_idx, self._routes.table()
-        route = self._routes.route(layer_idx)
+        route = self._routes.route(handle.tag)
         tag = _tag(handle.tag, route)
         if route.ffn_rank != NOBODY and self._units.ffn[layer_idx] is not None:
             handle.ffn = FfnLeg(self._port, handle.hidden_states, route, tag)
@@ -217,7 +217,7 @@ class XcclTransport:
     def _move(self, leg: Leg, ranks: Sequence[int], tag: StepTag) -> bool:
         """Give the share of lost ranks to others; False when there are none."""
         self._routes.look()
-        route = self._routes.route(tag.layer_idx)
+        route = self._routes.route(tag)
         has_moved = leg.move(ranks, route, _tag(tag, route))
         self.num_failovers += has_moved
         return has_moved

@@ -24,7 +24,9 @@ from xdeepserve.models.units import ExpertUnit
 from xdeepserve.ops import F32, Ops
 from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.module_server import ModuleServer
+from xdeepserve.transformerless.moe_transport import StepTag
 from xdeepserve.transformerless.partition import Partition
+from xdeepserve.transformerless.route_keeper import RouteKeeper
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
 
 
@@ -194,6 +196,22 @@ def test_a_new_table_is_used_from_the_next_dispatch_on(world: ModuleThreads) -> 
     transport.close()
     ranks = (FIRST_FFN, FIRST_EXPERT, FIRST_EXPERT + 1)
     assert [num_served(world, rank) for rank in ranks] == [1, 2, 1]
+
+
+def test_ffn_ranks_take_turns_by_group_step_layer_and_microbatch() -> None:
+    world = ModuleThreads(toy_model("glm4_moe"), num_ffn=2, placement=[range(8)])
+    ports = [world.port(rank) for rank in (0, 1)]
+    for port in ports:
+        port.wait_linked([FIRST_FFN, FIRST_FFN + 1, FIRST_EXPERT], timeout_s=10.0)
+    keepers = [RouteKeeper(port, world.routing) for port in ports]
+    tags = [StepTag(2, 1, 0), StepTag(3, 1, 0), StepTag(3, 2, 0), StepTag(3, 2, 1)]
+    ranks = [[keeper.route(tag).ffn_rank - FIRST_FFN for tag in tags] for keeper in keepers]
+    assert ranks == [[1, 0, 1, 0], [0, 1, 0, 1]]
+    stop(world, FIRST_FFN)
+    for keeper in keepers:
+        keeper.look()
+        assert {keeper.route(tag).ffn_rank for tag in tags} == {FIRST_FFN + 1}
+    world.close()
 
 
 def test_a_server_of_another_model_refuses(world: ModuleThreads) -> None:
