@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -27,10 +28,10 @@ POLL_S: Final = 0.02
 """Between two looks for ranks that want to be linked, while nobody asks."""
 
 STUCK_AFTER_S: Final = 2.0
-"""A loop that has not come round for so long, nor ever needed so long, is stuck."""
+"""A loop that has not come round for so long, nor ever computed so long, is stuck."""
 
 LONGEST_ROUNDS: Final = 10
-"""So many times the longest round so far are no sign of being stuck, either."""
+"""So many times the CPU time of the longest round so far are no sign of being stuck, either."""
 
 REFUSED_LAYER: Final = 1
 REFUSED_ROWS: Final = 2
@@ -87,7 +88,7 @@ class ModuleServer:
         """Answer what has arrived, waiting at most so long for the first; how many requests."""
         with self._times.measure(Stage.POLL):
             batches = self._port.poll(timeout_s)
-        self._round_begun_s = SYSTEM_CLOCK.monotonic()
+        self._round_begun_s, begun_cpu_s = SYSTEM_CLOCK.monotonic(), time.thread_time()
         groups: dict[tuple[int, int], list[Batch]] = {}
         for batch in batches:
             groups.setdefault((batch.kind, batch.tag.layer_idx), []).append(batch)
@@ -95,15 +96,13 @@ class ModuleServer:
             self._serve(kind, layer_idx, group)
         self.num_rounds += 1
         self.num_requests += len(batches)
-        self._come_round()
+        self._come_round(time.thread_time() - begun_cpu_s)
         return len(batches)
 
-    def _come_round(self) -> None:
-        """A round that took long is no surprise the next time."""
-        now_s = SYSTEM_CLOCK.monotonic()
-        took_s = now_s - self._round_begun_s
-        self._stuck_after_s = max(self._stuck_after_s, LONGEST_ROUNDS * took_s)
-        self._round_begun_s = now_s
+    def _come_round(self, cpu_s: float) -> None:
+        """A round that computed for long is no surprise the next time; one that was stopped is."""
+        self._stuck_after_s = max(self._stuck_after_s, LONGEST_ROUNDS * cpu_s)
+        self._round_begun_s = SYSTEM_CLOCK.monotonic()
 
     def _serve(self, kind: int, layer_idx: int, group: list[Batch]) -> None:
         unit = self._unit(kind, layer_idx)

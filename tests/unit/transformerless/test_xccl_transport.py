@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -85,7 +88,7 @@ def test_a_rank_that_lives_but_does_not_answer_is_given_up(world: ModuleThreads)
 
 
 class HangingUnits:
-    """Expert units of a server whose loop hangs in its first computation, until released."""
+    """Expert units of a server whose loop hangs in its computations, until released."""
 
     def __init__(self, units: Partition) -> None:
         self.hangs, self.released = threading.Event(), threading.Event()
@@ -111,31 +114,58 @@ class HangingOps:
         return self._ops.expert_mlp(*args)  # type: ignore[arg-type]
 
 
-def test_a_loop_that_hangs_in_a_process_that_lives_is_gone_round(world: ModuleThreads) -> None:
+@contextmanager
+def beating_server(world: ModuleThreads, units: HangingUnits) -> Iterator[ModuleServer]:
+    """The first expert server: its process shows life, its loop is stuck after 50 ms."""
     stop(world, FIRST_EXPERT)
-    units = HangingUnits(world.units)
-    port = world.port(FIRST_EXPERT)
+    port, is_over = world.port(FIRST_EXPERT), threading.Event()
     server = ModuleServer(port, units.partition, stage_times=StageTimes(), stuck_after_s=0.05)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    is_over = threading.Event()
 
     def beat() -> None:
         while not is_over.wait(0.01):
             server.beat()
 
-    beating = threading.Thread(target=beat)
-    beating.start()
-    transport, call = world.transport(frozen_after_s=0.2), make_call(world)
-    np.testing.assert_array_equal(exchange(transport, call), local_ffn(world.model, call))
-    assert units.hangs.is_set()
-    assert (transport.num_failovers, transport.num_fallbacks) == (1, 0)
-    units.released.set()
-    server.stop()
-    is_over.set()
-    for each in (thread, beating):
-        each.join()
-    transport.close()
+    threads = [threading.Thread(target=server.run), threading.Thread(target=beat)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield server
+    finally:
+        units.released.set()
+        server.stop()
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_loop_that_hangs_in_a_process_that_lives_is_gone_round(world: ModuleThreads) -> None:
+    units = HangingUnits(world.units)
+    with beating_server(world, units):
+        transport, call = world.transport(frozen_after_s=0.2), make_call(world)
+        np.testing.assert_array_equal(exchange(transport, call), local_ffn(world.model, call))
+        assert units.hangs.is_set()
+        assert (transport.num_failovers, transport.num_fallbacks) == (1, 0)
+        transport.close()
+
+
+def test_a_round_that_stood_still_does_not_excuse_the_next_one(world: ModuleThreads) -> None:
+    units = HangingUnits(world.units)
+    with beating_server(world, units) as server:
+        # Below ten times the halt: by then a loop that hangs must be gone round.
+        transport, call = world.transport(frozen_after_s=0.2, timeout_s=4.0), make_call(world)
+        expected = local_ffn(world.model, call)
+        np.testing.assert_array_equal(exchange(transport, call), expected)
+        time.sleep(0.5)
+        units.released.set()
+        while server.num_requests == 0:
+            time.sleep(0.001)
+        units.released.clear()
+        units.hangs.clear()
+        while not units.hangs.is_set():
+            np.testing.assert_array_equal(exchange(transport, call), expected)
+        assert transport.num_failovers >= 2
+        assert transport.num_fallbacks == 0
+        transport.close()
 
 
 def test_the_asker_computes_some_experts_while_it_would_wait(world: ModuleThreads) -> None:
