@@ -1,4 +1,4 @@
-"""What one flip of the routing table costs a stream: its gap then, beyond its gaps around.
+"""What a migration costs a stream: its longest gap, and at one flip the gap beyond those around.
 
 A step that is longer than others for any reason looks like a stall, so the same is measured at
 moments when nothing happened, of the same length and distance: only the difference is the flip's.
@@ -75,3 +75,28 @@ def print_stalls(rows: dict[str, dict[str, float]]) -> None:
     for name, row in rows.items():
         cells = "".join(f"{row.get(column, nan):>10.2f}" for column in COLUMNS)
         print(f"{name:<28}{cells}{row['count']:>8}")
+
+
+def stall_of_longest(calm_ms: Sequence[float], moving_ms: Sequence[float]) -> dict[str, float]:
+    """What migrations add to the longest gap, milliseconds, from that of each round's phases."""
+    added = [moving - calm for calm, moving in zip(calm_ms, moving_ms, strict=True)]
+    return {
+        "longest_gap_calm_ms": max(calm_ms),
+        "longest_gap_moving_ms": max(moving_ms),
+        "added_ms": max(moving_ms) - max(calm_ms),
+        "added_in_a_round_longest_ms": max(added),
+        "added_in_a_round_median_ms": median(added),
+    }
+
+
+def print_longest(stall: dict[str, float], aim_ms: float) -> None:
+    """The longest gaps beside each other, and their differences."""
+    print(
+        f"longest gap: {stall['longest_gap_moving_ms']:.2f} ms while experts move, "
+        f"{stall['longest_gap_calm_ms']:.2f} ms while none does"
+    )
+    print(
+        f"stall by migration: {stall['added_ms']:.2f} ms (aim < {aim_ms:g} ms); by rounds "
+        f"{stall['added_in_a_round_median_ms']:.2f} ms at the median, "
+        f"{stall['added_in_a_round_longest_ms']:.2f} ms at most"
+    )

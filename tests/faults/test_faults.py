@@ -10,8 +10,9 @@ import argparse
 import pytest
 from benchmarks.bench_faults import KINDS, run_gateway_kill, run_kind
 
-QUICK = {"expert-spare", "group-spare"}
-"""The others are run with the soak tests; supervisor and scaling have quick tests of their own."""
+QUICK = {"expert-spare", "ffn-spare", "group-spare"}
+"""The others are run with the soak tests. Supervisor, scaling and thawing have quick tests of their
+own in tests/multiproc."""
 
 ARGUMENTS = argparse.Namespace(
     model="smollm2-135m-moe8", times=2, streams=4, tokens=16, undisturbed=0, show_log=False
