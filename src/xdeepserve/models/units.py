@@ -104,9 +104,9 @@ class FfnUnit:
     gate_up: PackedWeight
     down: PackedWeight
 
-    def __call__(self, hidden_states: F32) -> F32:
-        """[T, H] -> [T, H]."""
-        return self.ops.swiglu_mlp(hidden_states, self.gate_up, self.down)
+    def __call__(self, hidden_states: F32, out: F32 | None = None) -> F32:
+        """[T, H] -> [T, H], written to `out` if it is given."""
+        return self.ops.swiglu_mlp(hidden_states, self.gate_up, self.down, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +129,12 @@ class ExpertUnit:
         """E, the experts held here."""
         return self.gate_up.shape[0]
 
-    def __call__(self, rows: F32, num_tokens_per_expert: I32) -> F32:
-        """[R, H] from rows [R, H] sorted by expert; num_tokens_per_expert [E] sums to R."""
-        return self.ops.expert_mlp(rows, num_tokens_per_expert, self.gate_up, self.down)
+    def __call__(self, rows: F32, num_tokens_per_expert: I32, out: F32 | None = None) -> F32:
+        """[R, H] from rows [R, H] sorted by expert, written to `out` if it is given.
+
+        num_tokens_per_expert [E] sums to R.
+        """
+        return self.ops.expert_mlp(rows, num_tokens_per_expert, self.gate_up, self.down, out)
 
     def routed(self, x: F32, topk_ids: I32, topk_weights: F32) -> F32:
         """[T, H]: the experts of the tokens x [T, H], added up; ids count from expert 0 of here."""

@@ -64,8 +64,13 @@ class Ops(Protocol):
         """(residual + x, rms_norm of it), both [T, H]; inputs are left as they are."""
         ...
 
-    def swiglu_mlp(self, x: F32, gate_up: PackedWeight, down: PackedWeight) -> F32:
-        """[T, H] = (silu(x @ gate.T) * (x @ up.T)) @ down.T; gate_up is [1, 2I, H], gate first."""
+    def swiglu_mlp(
+        self, x: F32, gate_up: PackedWeight, down: PackedWeight, out: F32 | None = None
+    ) -> F32:
+        """[T, H] = (silu(x @ gate.T) * (x @ up.T)) @ down.T; gate_up is [1, 2I, H], gate first.
+
+        Written to `out` [T, H] and returned; None = to a new array.
+        """
         ...
 
     def quantize_rows(self, x: F32) -> tuple[I8, F32]:
@@ -148,9 +153,14 @@ class Ops(Protocol):
         ...
 
     def expert_mlp(
-        self, x: F32, num_tokens_per_expert: I32, gate_up: PackedWeight, down: PackedWeight
+        self,
+        x: F32,
+        num_tokens_per_expert: I32,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        out: F32 | None = None,
     ) -> F32:
-        """Grouped SwiGLU: rows x [R, H] sorted by expert -> [R, H].
+        """Grouped SwiGLU: rows x [R, H] sorted by expert -> [R, H], to `out` as in swiglu_mlp.
 
         num_tokens_per_expert [E] sums to R; gate_up is [E, 2I, H], down [E, H, I]. A row's result
         equals swiglu_mlp with that expert's weights, bit for bit.

@@ -123,8 +123,10 @@ class CpuOps:
         self.native.add_rms_norm(residual, x, weight, eps, total, out)
         return total, out
 
-    def swiglu_mlp(self, x: F32, gate_up: PackedWeight, down: PackedWeight) -> F32:
-        return self.expert_mlp(x, np.array([x.shape[0]], np.int32), gate_up, down)
+    def swiglu_mlp(
+        self, x: F32, gate_up: PackedWeight, down: PackedWeight, out: F32 | None = None
+    ) -> F32:
+        return self.expert_mlp(x, np.array([x.shape[0]], np.int32), gate_up, down, out)
 
     def quantize_rows(self, x: F32) -> tuple[I8, F32]:
         out, scales = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
@@ -228,9 +230,15 @@ class CpuOps:
         return ids, weights
 
     def expert_mlp(
-        self, x: F32, num_tokens_per_expert: I32, gate_up: PackedWeight, down: PackedWeight
+        self,
+        x: F32,
+        num_tokens_per_expert: I32,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        out: F32 | None = None,
     ) -> F32:
-        out = np.empty((x.shape[0], down.shape[1]), np.float32)
+        if out is None:
+            out = np.empty((x.shape[0], down.shape[1]), np.float32)
         self.native.expert_mlp(
             x,
             num_tokens_per_expert,

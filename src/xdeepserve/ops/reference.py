@@ -64,9 +64,10 @@ class ReferenceOps:
         total = residual + x
         return total, attention.rms_norm(total, weight, eps)
 
-    def swiglu_mlp(self, x: F32, gate_up: PackedWeight, down: PackedWeight) -> F32:
-        (gate_up_group,), (down_group,) = unpack_rows(gate_up), unpack_rows(down)
-        return _swiglu(x, gate_up_group, down_group)
+    def swiglu_mlp(
+        self, x: F32, gate_up: PackedWeight, down: PackedWeight, out: F32 | None = None
+    ) -> F32:
+        return self.expert_mlp(x, np.array([x.shape[0]], np.int32), gate_up, down, out)
 
     def quantize_rows(self, x: F32) -> tuple[I8, F32]:
         return quantize_int8(x)
@@ -116,9 +117,15 @@ class ReferenceOps:
         return ids, weights
 
     def expert_mlp(
-        self, x: F32, num_tokens_per_expert: I32, gate_up: PackedWeight, down: PackedWeight
+        self,
+        x: F32,
+        num_tokens_per_expert: I32,
+        gate_up: PackedWeight,
+        down: PackedWeight,
+        out: F32 | None = None,
     ) -> F32:
-        out = np.empty((x.shape[0], down.shape[1]), np.float32)
+        if out is None:
+            out = np.empty((x.shape[0], down.shape[1]), np.float32)
         start = 0
         pairs = zip(unpack_rows(gate_up), unpack_rows(down), strict=True)
         for count, (gate_up_group, down_group) in zip(num_tokens_per_expert, pairs, strict=True):

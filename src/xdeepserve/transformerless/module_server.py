@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
 
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.models.units import ExpertUnit, FfnUnit
-from xdeepserve.ops import F32, I32
+from xdeepserve.ops import F32, I32, Array
 from xdeepserve.transformerless.legs import Module
 from xdeepserve.transformerless.partition import Partition
 from xdeepserve.transformerless.stage_times import Stage, StageTimes
@@ -128,37 +129,58 @@ class ModuleServer:
         group = _keep(group, [_has_rows(batch, hidden_size) for batch in group])
         if not group:
             return
-        rows = [batch.rows for batch in group]
-        outputs = unit(rows[0] if len(rows) == 1 else np.concatenate(rows))
-        self._answer(group, outputs, [len(part) for part in rows])
+        rows = _joined([batch.rows for batch in group])
+        counts = [batch.num_rows for batch in group]
+        self._answer(group, counts, hidden_size, partial(unit, rows))
 
     def _compute_experts(self, unit: ExpertUnit, group: list[Batch]) -> None:
         hidden_size = unit.gate_up.shape[2]
         group = _keep(group, [_has_pairs(batch, hidden_size) for batch in group])
         if not group:
             return
-        rows = np.concatenate([batch.rows[batch.pairs[:, 0]] for batch in group])
-        experts = np.concatenate([batch.pairs[:, 1] for batch in group])
-        experts %= np.int32(unit.num_experts)  # of instance ids
-        outputs = _run_sorted(unit, rows, experts)
-        self._answer(group, outputs, [len(batch.pairs) for batch in group])
+        pairs = [batch.pairs for batch in group]
+        taken = zip(group, pairs, strict=True)
+        rows = _joined([batch.rows[each[:, 0]] for batch, each in taken])
+        experts = _joined([each[:, 1] for each in pairs]) % np.int32(unit.num_experts)
+        counts = [len(each) for each in pairs]
+        self._answer(group, counts, hidden_size, partial(_run_sorted, unit, rows, experts))
 
-    def _answer(self, group: Sequence[Batch], outputs: F32, counts: Sequence[int]) -> None:
-        """Each asker its consecutive share of the rows, in the order it sent them."""
-        start = 0
+    def _answer(
+        self,
+        group: Sequence[Batch],
+        counts: Sequence[int],
+        hidden_size: int,
+        compute: Callable[[F32 | None], F32],
+    ) -> None:
+        """Each asker its consecutive share of the rows, in the order it sent them.
+
+        What only one asks is computed where it reads the answer: `compute` writes to its argument.
+        """
+        self.num_rows += sum(counts)
+        if len(group) == 1:
+            place = group[0].answer_buffer(counts[0], hidden_size)
+            if place is not None:  # else the asker has ended
+                compute(place)
+                group[0].commit(counts[0], hidden_size)
+            return
+        outputs, start = compute(None), 0
         for batch, count in zip(group, counts, strict=True):
             batch.reply(outputs[start : start + count])
             start += count
-        self.num_rows += start
 
 
-def _run_sorted(unit: ExpertUnit, rows: F32, experts: I32) -> F32:
+def _joined(parts: Sequence[Array]) -> Array:
+    """All rows one after the other; a single part as it is."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _run_sorted(unit: ExpertUnit, rows: F32, experts: I32, out: F32 | None) -> F32:
     """[R, H]: rows [R, H], each through its expert [R], sorted by expert on the way."""
     counts = np.bincount(experts, minlength=unit.num_experts).astype(np.int32)
     if (experts[1:] >= experts[:-1]).all():
-        return unit(rows, counts)
+        return unit(rows, counts, out)
     order = np.argsort(experts, kind="stable")
-    outputs = np.empty_like(rows)
+    outputs = np.empty_like(rows) if out is None else out
     outputs[order] = unit(rows[order], counts)
     return outputs
 

@@ -223,6 +223,28 @@ def test_expert_rows_equal_swiglu_with_that_expert(
         start += count
 
 
+def packed32(ops: CpuOps | ReferenceOps, weight: F32) -> PackedWeight:
+    return ops.pack(weight, dtype=WeightDtype.FLOAT32)
+
+
+def test_mlp_rows_are_written_where_they_are_wanted(
+    cpu: CpuOps, reference: ReferenceOps, rng: np.random.Generator
+) -> None:
+    weights, x = (normal(rng, 3, 2 * 48, 40), normal(rng, 3, 40, 48)), normal(rng, 8, 40)
+    for ops in (cpu, reference):
+        gate_up, down = (packed32(ops, each) for each in weights)
+        memory = np.full((10, 40), -1, np.float32)
+        out = memory[1:9]
+        assert ops.expert_mlp(x, ids(3, 0, 5), gate_up, down, out) is out
+        np.testing.assert_array_equal(out, ops.expert_mlp(x, ids(3, 0, 5), gate_up, down))
+        first = gate_up.groups(0, 1), down.groups(0, 1)
+        assert ops.swiglu_mlp(x, *first, out) is out
+        np.testing.assert_array_equal(out, ops.swiglu_mlp(x, *first))
+        assert (memory[[0, 9]] == -1).all()
+    with pytest.raises(ValueError, match=r"out must be \[R, H\]"):
+        cpu.expert_mlp(x, ids(3, 0, 5), *(packed32(cpu, each) for each in weights), memory)
+
+
 @pytest.mark.parametrize("stored", ["float32", "bf16"])
 def test_embed_copies_rows(cpu: CpuOps, rng: np.random.Generator, stored: str) -> None:
     table = normal(rng, 9, 21)

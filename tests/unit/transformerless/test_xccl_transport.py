@@ -24,7 +24,7 @@ from tests.unit.transformerless.exchanges import (
 from xdeepserve.errors import XcclError
 from xdeepserve.models.decoder import local_ffn
 from xdeepserve.models.units import ExpertUnit
-from xdeepserve.ops import F32, Ops
+from xdeepserve.ops import F32, Array, Ops
 from xdeepserve.transformerless.expert_share import ExpertShare
 from xdeepserve.transformerless.module_server import ModuleServer
 from xdeepserve.transformerless.moe_transport import StepTag
@@ -256,6 +256,65 @@ def test_a_server_of_another_model_refuses(world: ModuleThreads) -> None:
         exchange(world.transport(), make_call(world))
     world.servers[rank].stop()
     thread.join()
+
+
+class WatchedOps:
+    """Operators that note where the MLPs of a server write: in `places`, None = to a new array."""
+
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self.places: list[F32 | None] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._ops, name)
+
+    def swiglu_mlp(self, *args: object) -> F32:
+        self.places.append(args[-1])  # type: ignore[arg-type]
+        return self._ops.swiglu_mlp(*args)  # type: ignore[arg-type]
+
+    def expert_mlp(self, *args: object) -> F32:
+        self.places.append(args[-1])  # type: ignore[arg-type]
+        return self._ops.expert_mlp(*args)  # type: ignore[arg-type]
+
+
+def watched_server(world: ModuleThreads, rank: int) -> tuple[WatchedOps, Array]:
+    """A new life of a server: its operators, and the memory of its segment."""
+    stop(world, rank)
+    ops, units = WatchedOps(world.model.ops), world.units
+    world.units = replace(
+        units,
+        ffn=tuple(unit and replace(unit, ops=ops) for unit in units.ffn),
+        experts=tuple(unit and replace(unit, ops=ops) for unit in units.experts),
+    )
+    world.start_server(rank)
+    world.units = units
+    return ops, world.servers[rank]._port.own_bytes()
+
+
+def test_what_one_asker_wants_is_computed_where_it_reads_it() -> None:
+    world = ModuleThreads(toy_model("glm4_moe"), num_ffn=1, placement=[range(8)])
+    watched = [watched_server(world, rank) for rank in (FIRST_FFN, FIRST_EXPERT)]
+    transport, call = world.transport(), make_call(world)
+    np.testing.assert_array_equal(exchange(transport, call), local_ffn(world.model, call))
+    for ops, memory in watched:
+        (place,) = ops.places
+        assert place is not None
+        assert np.may_share_memory(place, memory)
+    transport.close()
+    world.close()
+
+
+def test_instances_of_an_expert_are_computed_together_and_answered_in_their_order() -> None:
+    replicated = ((0, 1, 2, 3, 4, 5, 6, 7), (4, 5, 6, 7, 0, 1, 2, 3))
+    world = ModuleThreads(toy_model("glm4_moe"), placement=replicated)
+    transport, call = world.transport(), make_call(world)
+    stop(world, FIRST_EXPERT + 1)
+    ops, _ = watched_server(world, FIRST_EXPERT)
+    while not ops.places:  # until the new life is found
+        np.testing.assert_array_equal(exchange(transport, call), local_ffn(world.model, call))
+    assert ops.places[0] is None, "rows in another order are scattered to their places"
+    transport.close()
+    world.close()
 
 
 def test_a_round_serves_all_askers_and_answers_each_with_its_own_rows() -> None:
