@@ -47,6 +47,9 @@ FROZEN_S = 5.0
 LOAD_S = 6.0
 """How long an undisturbed run lasts, where the load goes on during the injection."""
 
+LONG_TOKENS = 64
+"""Answers have at least so many there: the prefill of requests that begin is a gap to others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -183,7 +186,8 @@ def deployment_file(folder: Path, kind: Kind, model: str) -> Path:
 
 async def try_kind(kind: Kind, service: LiveService, args: argparse.Namespace) -> Outcome:
     """Undisturbed runs, then all repeats, then the end."""
-    requests = await steady_requests(service, args.streams, args.tokens)
+    num_tokens = max(args.tokens, LONG_TOKENS) if kind.repeats else args.tokens
+    requests = await steady_requests(service, args.streams, num_tokens)
     drills = Drills(service, requests)
     # The first one also fills prefix caches and tunes microbatches, and is not timed.
     await drills.undisturbed()
