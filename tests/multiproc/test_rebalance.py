@@ -63,7 +63,7 @@ async def test_tokens_are_counted_and_reported(tmp_path: Path) -> None:
 
 
 def has_spread(membership: Membership, count: int) -> bool:
-    """Whether exactly `count` expert workers are there and each of them holds experts."""
+    """Whether exactly `count` expert workers are there and each has experts of every layer."""
     placement = membership.placement
     assert placement is not None
     return (

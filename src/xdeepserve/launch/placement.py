@@ -100,9 +100,12 @@ def ranks_in_use(
 
 
 def idle_ranks(placement: Placement) -> tuple[int, ...]:
-    """Expert ranks in use that hold no expert in any layer: they have just joined."""
+    """Expert ranks in use that hold no expert in some layer: they joined and are not filled yet.
+
+    Where there are few experts for the ranks, or few with tokens, a rank may stay without.
+    """
     rows = _experts_by_rank(placement)
-    return tuple(rank for rank, row in zip(placement.expert, rows, strict=True) if not any(row))
+    return tuple(rank for rank, row in zip(placement.expert, rows, strict=True) if not all(row))
 
 
 def experts_per_layer(placement: Placement, rank: int) -> list[int]:

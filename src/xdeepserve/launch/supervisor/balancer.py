@@ -2,7 +2,7 @@
 
     workers come and go --> place: the next placement at once, complete, new ranks still empty
     every second        --> look: counts of the DP groups
-                              | a new rank is empty          |
+                              | a new rank is not filled yet |
                               | every rebalance_interval_s,  +--> migrate by ticks: LOAD, FLIP
                               | if `decide` says so          |
     Rebalance request   --> rebalance
@@ -20,8 +20,6 @@ import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Final, Protocol
 
-import numpy as np
-
 from xdeepserve.clock import SYSTEM_CLOCK, Clock
 from xdeepserve.eplb import (
     ExpertLoadReport,
@@ -38,7 +36,6 @@ from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.placement import (
     Placement,
     base_table,
-    expert_placement,
     idle_ranks,
     moved_to,
     plan_experts,
@@ -46,12 +43,7 @@ from xdeepserve.launch.placement import (
     with_experts,
 )
 from xdeepserve.launch.plan import ModelShape, expert_slices, worker_name
-from xdeepserve.launch.supervisor.expert_heat import (
-    hottest_expert,
-    layer_heats,
-    peak_over_mean,
-    rank_ratios,
-)
+from xdeepserve.launch.supervisor.expert_heat import expert_heat
 from xdeepserve.launch.supervisor.expert_load import ExpertLoad
 from xdeepserve.launch.supervisor.messages import ExpertHeat
 
@@ -123,12 +115,20 @@ class Balancer:
         self._next_s = clock.monotonic() + interval_s
         self._load = ExpertLoad(shape) if shape.num_experts else None
         self._spread_to: tuple[int, ...] = ()
+        """Ranks that the experts were planned for, and have gone to."""
         self._migrating = asyncio.Lock()
         self._joined = asyncio.Event()
         self._num_migrations = 0
         self._num_moves = 0
 
     # -- workers come and go --------------------------------------------------------------------
+
+    def restore(self, placement: Placement | None) -> None:
+        """Go on from what another supervisor has published; call before `place`."""
+        self.placement = placement
+        self._spread_to = ()
+        if placement is not None and not idle_ranks(placement):
+            self._spread_to = placement.expert
 
     def place(
         self,
@@ -150,10 +150,11 @@ class Balancer:
         ffn = self._in_use("ffn", None if current is None else current.ffn, wanted, ready)
         expert = self._in_use("expert", None if current is None else current.expert, wanted, ready)
         if current is None:
-            self.placement = self._first(ffn, expert)
+            self._spread_to, self.placement = expert, self._first(ffn, expert)
         elif (current.ffn, current.expert) != (ffn, expert):
             self.placement = self._next(current, ffn, expert)
-            self._spread_to = ()
+            if current.expert != expert:
+                self._spread_to = ()
             self._joined.set()
         assert self.placement is not None, "it was made above"
         return self.placement
@@ -211,15 +212,17 @@ class Balancer:
                 await self.look()
 
     async def look(self) -> None:
-        """Count; give experts to ranks that have none; rebalance when it is time and worth it."""
-        load, placement = self._load, self.placement
-        if load is None or placement is None:
+        """Count; spread the experts where ranks have come or gone, or rebalance at its time."""
+        load = self._load
+        if load is None:
             return
         load.add(await self._workers.reports())
+        placement = self.placement
+        if placement is None or not placement.expert:
+            return
         if self._spread_to != placement.expert and idle_ranks(placement):
             async with self._migrating:
-                if await self._migrate_for(load.prior()):
-                    self._spread_to = placement.expert
+                await self._migrate_for(load.prior())
         elif self._interval_s and self._clock.monotonic() >= self._next_s:
             self._next_s = self._clock.monotonic() + self._interval_s
             async with self._migrating:
@@ -256,15 +259,7 @@ class Balancer:
         """
         if self._load is None or self.placement is None or not self.placement.expert:
             raise ConfigError("this service has no expert workers; there is nothing to rebalance")
-        load = self._load.prior()
-        if report is not None:
-            counts = report.to_array()
-            if counts.shape != load.shape:
-                raise ConfigError(
-                    f"a load of {counts.shape} layers and experts does not fit the model's "
-                    f"{load.shape}"
-                )
-            load = counts.astype(np.float64) + 1.0
+        load = self._load.prior() if report is None else self._load.prior_of(report)
         async with self._migrating:
             await self._migrate_for(load)
 
@@ -277,7 +272,10 @@ class Balancer:
             return False
         replicas = self._replicas(len(origin.expert))
         current, target = await asyncio.to_thread(plan_experts, origin, load, replicas)
-        return await self._migrate(origin, current, target, range(self._shape.num_layers))
+        if not await self._migrate(origin, current, target, range(self._shape.num_layers)):
+            return False
+        self._spread_to = origin.expert
+        return True
 
     async def _migrate(
         self,
@@ -332,18 +330,10 @@ class Balancer:
         """For `xds status`; None without expert workers."""
         if self._load is None or self.placement is None or not self.placement.expert:
             return None
-        load = self._load.recent()
-        hottest, share = hottest_expert(load)
-        placed = expert_placement(self.placement, self._shape.num_experts)
-        return ExpertHeat(
-            num_tokens=int(load.sum()),
-            peak_over_mean=peak_over_mean(load, placed),
-            hottest=hottest,
-            hottest_share=share,
+        return expert_heat(
+            self._load.recent(),
+            self.placement,
             num_migrations=self._num_migrations,
             num_moves=self._num_moves,
             is_migrating=self._migrating.locked(),
-            placement_epoch=self.placement.epoch,
-            rank_ratios=rank_ratios(load, placed, self.placement.expert),
-            layers=layer_heats(load, placed, self.placement.expert),
         )

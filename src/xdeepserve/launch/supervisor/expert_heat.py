@@ -11,8 +11,40 @@ import numpy as np
 
 from xdeepserve.eplb import ExpertPlacement, rank_load
 from xdeepserve.eplb.rows import F64
-from xdeepserve.launch.supervisor.messages import MAX_HOTTEST, HotExpert, LayerHeat
+from xdeepserve.launch.placement import Placement, expert_placement
+from xdeepserve.launch.supervisor.messages import MAX_HOTTEST, ExpertHeat, HotExpert, LayerHeat
 from xdeepserve.ops import I32
+
+
+def expert_heat(
+    load: F64,
+    placement: Placement,
+    *,
+    num_migrations: int,
+    num_moves: int,
+    is_migrating: bool,
+) -> ExpertHeat:
+    """The whole message.
+
+    Args:
+        load: [L, E] tokens of late.
+        placement: in force, with at least one expert rank.
+        num_migrations, num_moves, is_migrating: see ExpertHeat.
+    """
+    hottest, share = hottest_expert(load)
+    placed = expert_placement(placement, load.shape[1])
+    return ExpertHeat(
+        num_tokens=int(load.sum()),
+        peak_over_mean=peak_over_mean(load, placed),
+        hottest=hottest,
+        hottest_share=share,
+        num_migrations=num_migrations,
+        num_moves=num_moves,
+        is_migrating=is_migrating,
+        placement_epoch=placement.epoch,
+        rank_ratios=rank_ratios(load, placed, placement.expert),
+        layers=layer_heats(load, placed, placement.expert),
+    )
 
 
 def peak_over_mean(load: F64, placement: ExpertPlacement) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from xdeepserve.eplb import ExpertLoadReport, ExpertLoadStats
 from xdeepserve.eplb.rows import F64
-from xdeepserve.errors import IntegrityError
+from xdeepserve.errors import ConfigError, IntegrityError
 from xdeepserve.launch.plan import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -54,3 +54,16 @@ class ExpertLoad:
         """`recent` with one more token for every expert: without traffic, all weigh the same."""
         weighed: F64 = self.recent() + 1.0
         return weighed
+
+    def prior_of(self, report: ExpertLoadReport) -> F64:
+        """A load that somebody names, as `prior`.
+
+        Raises:
+            ConfigError: it is of another model.
+        """
+        counts, expected = report.to_array(), self.recent().shape
+        if counts.shape != expected:
+            raise ConfigError(
+                f"a load of {counts.shape} layers and experts does not fit the model's {expected}"
+            )
+        return counts.astype(np.float64) + 1.0

@@ -144,7 +144,7 @@ class Supervisor:
         counts = self._service.deployment.counts()
         if saved is not None:
             self._membership = saved.membership
-            self._balancer.placement = saved.membership.placement
+            self._balancer.restore(saved.membership.placement)
             self._incarnations = dict(saved.incarnations)
             counts = saved.membership.counts
         elif workers := self._former_workers():
