@@ -194,7 +194,8 @@ async def test_crash_loop_ends_in_failed_until_scaled() -> None:
         assert expert_ranks(running.membership) == (0, 1)
         await running.until(is_in("expert0", WorkerState.FAILED, 3))
         assert running.member("expert0").reason == (
-            "ended with code 1: expert0 was told to crash; gives up after 3 crashes"
+            "ended with code 1: expert0 was told to crash; gives up after 3 crashes; "
+            "next try in 60 s"
         )
         assert running.member("dp0").state is WorkerState.READY
         assert expert_ranks(running.membership) == (1,)

@@ -35,7 +35,8 @@ class WorkerState(enum.StrEnum):
     BACKOFF = "backoff"
     """Ended; started again after a wait."""
     FAILED = "failed"
-    """Crashed too often, or cannot work as configured; started again only by the next `scale`."""
+    """Crashed too often, and is tried again now and then; or cannot work as configured, and waits
+    for the next `scale`."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
         state: see WorkerState.
         incarnation: counts its starts in this run, from 1; a higher one is another process.
         num_restarts: starts after a crash or kill.
+        num_crashes: of these, what counts as a crash loop at present; at the limit it is FAILED.
         socket: where it offers its service.
         process: while it lives.
         started_at_s: wall clock of its latest start.
@@ -57,6 +59,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     num_restarts: int
     socket: str
+    num_crashes: int = 0
     process: ProcessIdentity | None = None
     started_at_s: float = 0.0
     reason: str = ""

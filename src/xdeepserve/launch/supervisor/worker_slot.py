@@ -4,7 +4,8 @@ spawn/adopt -> STARTING -> READY <-> BUSY, FROZEN --lost: SIGKILL--+
     ^                        |                                     v
     |                        +-- leave: DRAINING -> SIGTERM -> SIGKILL -> gone
     +---- BACKOFF <---- ended by itself, killed by us or by others
-             +-- crash-loop limit, wrong configuration: FAILED --retry--> spawn
+             +-- crash-loop limit: FAILED --retry, failed_retry_s--> spawn
+             +-- wrong configuration: FAILED --retry--> spawn
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class WorkerSlot:
 
         Args:
             member: what is known: of a new worker its spec and latest incarnation, of a running one
-                also its process.
+                also its process, of one that has ended how often and what was to follow.
             on_change: called whenever `member` has changed.
         """
         self.member = member
@@ -74,7 +75,9 @@ class WorkerSlot:
         self._run = run
         self._config = config
         self._on_change = on_change
-        self._policy = RestartPolicy(config)
+        self._policy = RestartPolicy(
+            config, num_crashes=member.num_crashes, now_s=SYSTEM_CLOCK.monotonic()
+        )
         self._child: Child | None = None
         self._client: ControlClient | None = None
         self._leave = asyncio.Event()
@@ -109,6 +112,8 @@ class WorkerSlot:
         """Keep the worker running until `leave`. Cancelled, it lets go of the process."""
         child = self._adopt(self.member.process)
         try:
+            if child is None and self.member.state in (WorkerState.BACKOFF, WorkerState.FAILED):
+                await self._pause()  # as the supervisor before would have done
             while child is not None or not self._leave.is_set():
                 child = self._child = child or await self._spawn()
                 if child is None:
@@ -175,25 +180,42 @@ class WorkerSlot:
         return f"{describe_exit(code)}: {note}" if note else describe_exit(code)
 
     async def _back_off(self, reason: str, code: int | None) -> None:
-        """Wait before the next start: for a while, or for `retry` when starts are in vain."""
+        """Wait before the next start: for a while, for long, or for `retry` alone."""
+        state = WorkerState.FAILED
         if code == EXIT_CONFIG:
-            wait_s, next_step = None, "gives up, as it would end so again"
+            self._policy.forget()
+            next_step = "gives up, as it would end so again"
         elif (wait_s := self._policy.next_wait_s(SYSTEM_CLOCK.monotonic())) is None:
-            num_crashes = self._config.crash_loop_limit
-            next_step = f"gives up after {num_crashes} crash{'es' if num_crashes > 1 else ''}"
+            crashes = "1 crash" if (n := self._policy.num_crashes) == 1 else f"{n} crashes"
+            next_step = f"gives up after {crashes}; next try in {self._config.failed_retry_s:g} s"
         else:
-            next_step = f"next start in {wait_s:g} s"
+            state, next_step = WorkerState.BACKOFF, f"next start in {wait_s:g} s"
         logger.warning("%s: %s; %s", self.member.name, reason, next_step)
-        if wait_s is None:
-            reason = f"{reason}; {next_step}"
         self.heartbeat = None
-        state = WorkerState.FAILED if wait_s is None else WorkerState.BACKOFF
-        num_restarts = self.member.num_restarts + 1
-        self._set(state, process=None, reason=reason, num_restarts=num_restarts)
+        self._set(
+            state,
+            process=None,
+            reason=f"{reason}; {next_step}" if state is WorkerState.FAILED else reason,
+            num_restarts=self.member.num_restarts + 1,
+            num_crashes=self._policy.num_crashes,
+        )
+        await self._pause()
+
+    async def _pause(self) -> None:
+        """Wait for the next start, in BACKOFF or FAILED."""
+        wait_s = self._policy.wait_s
+        if self.member.state is WorkerState.FAILED:
+            # Who has not crashed too often is configured wrongly.
+            wait_s = self._config.failed_retry_s if self._policy.has_given_up else None
         self._retry.clear()
         await self._first_of(self._leave, self._retry, timeout_s=wait_s)
         if self._retry.is_set():
-            self._policy.forget()
+            self._forgive()
+
+    def _forgive(self) -> None:
+        """Crashes so far count no more."""
+        self._policy.forget()
+        self._set(self.member.state, num_crashes=0)
 
     async def _wait_for_room(self, error: OSError) -> None:
         """The machine is short of processes, memory or descriptors: no fault of the worker."""
@@ -224,7 +246,8 @@ class WorkerSlot:
         """Observe the process until it has ended; returns its exit code."""
         await self._disconnect()
         self._lost_reason = None
-        started_s, interval_s = SYSTEM_CLOCK.monotonic(), self._config.heartbeat_interval_s
+        interval_s = self._config.heartbeat_interval_s
+        started_s = unready_s = SYSTEM_CLOCK.monotonic()
         health = HealthTracker(self._config, started_s)
         while not await self._ended(child, interval_s if self._has_started else START_POLL_S):
             reply = await self._ask(GetHeartbeat(), 2 * interval_s)
@@ -232,6 +255,10 @@ class WorkerSlot:
             if not self._has_started and isinstance(reply, HeartbeatReply) and reply.is_ready:
                 self._become_ready(reply)
             self._observe(child, health, reply, now_s)
+            if self.member.state is not WorkerState.READY:
+                unready_s = now_s
+            elif now_s - unready_s >= self._config.stable_after_s:
+                self._forgive()
             if not self._has_started and now_s - started_s > self._config.start_timeout_s:
                 self._lose(child, f"not ready after {self._config.start_timeout_s:g} s")
         return child.exited.result()
