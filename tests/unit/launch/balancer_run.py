@@ -42,10 +42,14 @@ class FakeWorkers:
 class Run:
     """A balancer, its workers, and every placement that it published by itself."""
 
-    def __init__(self, *, experts: int = 2, replicas: int = 0) -> None:
+    def __init__(
+        self, *, experts: int = 2, replicas: int = 0, rebalance_interval_s: float = 10.0
+    ) -> None:
         self.workers, self.clock = FakeWorkers(), FakeClock()
         self.published: list[Placement] = []
-        role = ExpertRoleSpec(count=experts, replicas=replicas)
+        role = ExpertRoleSpec(
+            count=experts, replicas=replicas, rebalance_interval_s=rebalance_interval_s
+        )
         self.balancer = Balancer(
             SHAPE,
             Deployment(roles=RolesSpec(expert=role)),

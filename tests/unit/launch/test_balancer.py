@@ -93,6 +93,18 @@ async def test_the_history_of_a_group_is_no_news_to_the_next_balancer() -> None:
     assert heat.num_tokens == 3 * HOT.sum()
 
 
+@pytest.mark.parametrize("rebalance_interval_s", [0.0, 10.0])
+async def test_what_was_counted_long_ago_weighs_little(rebalance_interval_s: float) -> None:
+    run = Run(rebalance_interval_s=rebalance_interval_s)
+    await run.look_after(0.0)
+    run.workers.count(HOT)
+    for _ in range(8):
+        await run.look_after(11.0)
+    heat = run.balancer.heat()
+    assert heat is not None
+    assert heat.num_tokens < 0.02 * 3 * HOT.sum()
+
+
 async def test_rebalancing_waits_for_the_migration_under_way() -> None:
     run = Run(experts=2, replicas=1)
     reports = [skewed_report(HOT), skewed_report(HOT[::-1])]

@@ -50,6 +50,8 @@ from xdeepserve.launch.supervisor.messages import ExpertHeat
 logger = logging.getLogger(__name__)
 
 LOOK_INTERVAL_S: Final = 1.0
+WINDOW_S: Final = 10.0
+"""Of counts, where nothing is rebalanced by itself; else a window is a rebalance interval."""
 TICK_INTERVAL_S: Final = 0.05
 MAX_MOVES: Final = 16
 """Of a tick: what a worker must make present before the next flip stays small."""
@@ -112,7 +114,8 @@ class Balancer:
         self._policy = RebalancePolicy(cooldown_s=COOLDOWN_INTERVALS * interval_s)
         self._rebalanced_s = -math.inf
         self._interval_s = interval_s
-        self._next_s = clock.monotonic() + interval_s
+        self._window_s = interval_s or WINDOW_S
+        self._window_end_s = clock.monotonic() + self._window_s
         self._load = ExpertLoad(shape) if shape.num_experts else None
         self._spread_to: tuple[int, ...] = ()
         """Ranks that the experts were planned for, and have gone to."""
@@ -220,13 +223,15 @@ class Balancer:
         placement = self.placement
         if placement is None or not placement.expert:
             return
+        is_window_over = self._clock.monotonic() >= self._window_end_s
         if self._spread_to != placement.expert and idle_ranks(placement):
             async with self._migrating:
                 await self._migrate_for(load.prior())
-        elif self._interval_s and self._clock.monotonic() >= self._next_s:
-            self._next_s = self._clock.monotonic() + self._interval_s
+        elif is_window_over and self._interval_s:
             async with self._migrating:
                 await self._consider(load)
+        if is_window_over:
+            self._window_end_s = self._clock.monotonic() + self._window_s
             load.roll()
 
     async def _consider(self, load: ExpertLoad) -> None:
