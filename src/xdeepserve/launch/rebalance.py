@@ -38,6 +38,6 @@ def describe(before: Membership, after: Membership) -> str:
     old, new = before.placement, after.placement
     assert old is not None, "a supervisor that answers has placed the experts"
     assert new is not None, "as before"
-    if new.epoch == old.epoch:
+    if (new.expert, new.table) == (old.expert, old.table):
         return f"the experts stay where they are: placement {new.epoch}"
     return f"the experts have moved: placement {old.epoch} -> {new.epoch}"

@@ -10,13 +10,14 @@ import pytest
 
 from tests.unit.launch.balancer_run import (
     HOT,
+    FakeWorkers,
     Run,
     check_epochs_and_completeness,
     peak,
     skewed_report,
 )
 from xdeepserve.eplb import ExpertLoadStats, peak_over_mean
-from xdeepserve.errors import ConfigError
+from xdeepserve.errors import CapacityError, ConfigError
 from xdeepserve.launch.placement import expert_placement
 
 
@@ -115,16 +116,32 @@ async def test_rebalancing_waits_for_the_migration_under_way() -> None:
     assert (heat.num_migrations, heat.is_migrating) == (2, False)
 
 
-async def test_a_worker_that_does_not_answer_stops_no_migration() -> None:
+async def test_no_tokens_go_to_experts_that_were_not_loaded_and_loading_is_tried_again() -> None:
+    run, load = Run(), FakeWorkers.load
+    before, answers = run.balancer.placement, [False, False, False]
+
+    async def answer_later(rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        if answers:
+            assert run.balancer.placement is before
+            return answers.pop()
+        return await load(run.workers, rank, experts)
+
+    run.workers.load = answer_later  # type: ignore[method-assign]
+    await run.balancer.rebalance(skewed_report(HOT))
+    assert answers == []
+    assert peak(run.balancer.placement) < peak(before)
+
+
+async def test_a_rebalance_says_that_a_worker_loads_nothing() -> None:
     run = Run()
 
     async def no_answer(rank: int, experts: Sequence[tuple[int, int]]) -> bool:
         return False
 
     run.workers.load = no_answer  # type: ignore[method-assign]
-    before = peak(run.balancer.placement)
-    await run.balancer.rebalance(skewed_report(HOT))
-    assert peak(run.balancer.placement) < before
+    with pytest.raises(CapacityError, match="have not all moved"):
+        await run.balancer.rebalance(skewed_report(HOT))
+    assert run.published == []
 
 
 async def test_a_migration_ends_when_the_workers_change() -> None:
@@ -141,6 +158,20 @@ async def test_a_migration_ends_when_the_workers_change() -> None:
     assert run.published == []
     assert run.balancer.placement is not None
     assert run.balancer.placement.expert == (0,)
+
+
+async def test_a_rebalance_goes_on_when_a_worker_joins_meanwhile() -> None:
+    run = Run()
+    load, ranks = run.workers.load, [("expert", 0), ("expert", 1), ("ffn", 0)]
+
+    async def join_while_loading(rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        run.balancer.place(wanted=ranks, ready=ranks)
+        return await load(rank, experts)
+
+    run.workers.load = join_while_loading  # type: ignore[method-assign]
+    before = peak(run.balancer.placement)
+    await run.balancer.rebalance(skewed_report(HOT))
+    assert peak(run.balancer.placement) < before
 
 
 async def test_a_report_of_another_model_is_refused() -> None:

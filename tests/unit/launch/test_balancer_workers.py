@@ -10,7 +10,7 @@ import pytest
 from tests.unit.launch.balancer_run import Run, check_epochs_and_completeness
 from xdeepserve.eplb import ExpertLoadReport, ExpertPlacement
 from xdeepserve.launch.placement import expert_placement, idle_ranks, plan_experts
-from xdeepserve.launch.supervisor import balancer
+from xdeepserve.launch.supervisor import balancer, migration
 
 
 async def test_a_new_rank_gets_experts_by_migration_once_it_can_serve() -> None:
@@ -50,7 +50,7 @@ async def test_a_rank_that_comes_back_is_filled_again() -> None:
 async def test_a_spread_that_is_cut_short_is_finished(
     is_replaced: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(balancer, "MAX_MOVES", 4)  # a layer's
+    monkeypatch.setattr(migration, "MAX_MOVES", 4)  # a layer's
     run = Run(experts=1)
     run.place(2)
     load, experts = run.workers.load, [("expert", 0), ("expert", 1)]
@@ -172,3 +172,22 @@ async def test_a_failed_ffn_rank_is_dropped() -> None:
     )
     assert placement.ffn == (1,)
     assert run.balancer.num_dropped == 1
+
+
+async def test_a_new_rank_that_loads_nothing_gets_nothing_until_it_does() -> None:
+    run = Run(experts=1)
+    run.place(2)
+    load, asked = run.workers.load, []
+
+    async def no_answer(rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        asked.append(rank)
+        return False
+
+    run.workers.load = no_answer  # type: ignore[method-assign]
+    for _ in range(2):
+        await run.look_after(0.0)
+    assert (asked, run.published) == ([1], []), "it has some time before it is asked again"
+    run.workers.load = load  # type: ignore[method-assign]
+    await run.look_after(balancer.RETRY_INTERVAL_S)
+    assert run.balancer.placement is not None
+    assert idle_ranks(run.balancer.placement) == ()

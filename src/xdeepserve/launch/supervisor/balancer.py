@@ -17,21 +17,13 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from typing import Final, Protocol
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import Final
 
 from xdeepserve.clock import SYSTEM_CLOCK, Clock
-from xdeepserve.eplb import (
-    ExpertLoadReport,
-    ExpertMove,
-    ExpertPlacement,
-    Phase,
-    RebalancePolicy,
-    decide,
-    migrate,
-)
+from xdeepserve.eplb import ExpertLoadReport, ExpertPlacement, RebalancePolicy, decide
 from xdeepserve.eplb.rows import F64
-from xdeepserve.errors import ConfigError
+from xdeepserve.errors import CapacityError, ConfigError
 from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.placement import (
     Placement,
@@ -46,6 +38,7 @@ from xdeepserve.launch.plan import ModelShape, expert_slices, worker_name
 from xdeepserve.launch.supervisor.expert_heat import expert_heat
 from xdeepserve.launch.supervisor.expert_load import ExpertLoad
 from xdeepserve.launch.supervisor.messages import ExpertHeat
+from xdeepserve.launch.supervisor.migration import ExpertWorkers, carry_out
 
 logger = logging.getLogger(__name__)
 
@@ -53,23 +46,12 @@ LOOK_INTERVAL_S: Final = 1.0
 WINDOW_S: Final = 10.0
 """Of counts, where nothing is rebalanced by itself; else a window is a rebalance interval."""
 TICK_INTERVAL_S: Final = 0.05
-MAX_MOVES: Final = 16
-"""Of a tick: what a worker must make present before the next flip stays small."""
-MAX_STAGED_PER_RANK: Final = 8
+RETRY_INTERVAL_S: Final = 5.0
+"""Between two tries to spread the experts while a worker does not load them."""
+MAX_TRIES: Final = 10
+"""Of a rebalance that was asked for."""
 COOLDOWN_INTERVALS: Final = 3
 """Rebalance intervals between two migrations for load."""
-
-
-class ExpertWorkers(Protocol):
-    """The workers, as far as the balancer needs them; calls have deadlines of their own."""
-
-    async def reports(self) -> Mapping[str, ExpertLoadReport]:
-        """Running totals of each DP group that answers, by its name and life."""
-        ...
-
-    async def load(self, rank: int, experts: Sequence[tuple[int, int]]) -> bool:
-        """Whether a worker has made the weights of (layer, expert) present."""
-        ...
 
 
 class Balancer:
@@ -99,7 +81,7 @@ class Balancer:
             workers: asked for counts and weights.
             publish: called when `placement` has changed by itself; it calls `place`.
             clock: for the interval.
-            sleep: between two ticks.
+            sleep: between two ticks, and two tries.
         """
         self.placement: Placement | None = None
         self.first_epoch = 0
@@ -119,6 +101,7 @@ class Balancer:
         self._load = ExpertLoad(shape) if shape.num_experts else None
         self._spread_to: tuple[int, ...] = ()
         """Ranks that the experts were planned for, and have gone to."""
+        self._spread_after_s = -math.inf
         self._migrating = asyncio.Lock()
         self._joined = asyncio.Event()
         self._num_migrations = 0
@@ -158,6 +141,7 @@ class Balancer:
             self.placement = self._next(current, ffn, expert)
             if current.expert != expert:
                 self._spread_to = ()
+            self._spread_after_s = -math.inf
             self._joined.set()
         assert self.placement is not None, "it was made above"
         return self.placement
@@ -223,10 +207,12 @@ class Balancer:
         placement = self.placement
         if placement is None or not placement.expert:
             return
-        is_window_over = self._clock.monotonic() >= self._window_end_s
+        now_s = self._clock.monotonic()
+        is_window_over = now_s >= self._window_end_s
         if self._spread_to != placement.expert and idle_ranks(placement):
-            async with self._migrating:
-                await self._migrate_for(load.prior())
+            if now_s >= self._spread_after_s:
+                async with self._migrating:
+                    await self._migrate_for(load.prior())
         elif is_window_over and self._interval_s:
             async with self._migrating:
                 await self._consider(load)
@@ -261,12 +247,20 @@ class Balancer:
 
         Raises:
             ConfigError: there are no expert workers, or the report is of another model.
+            CapacityError: some have not moved, also not after MAX_TRIES.
         """
         if self._load is None or self.placement is None or not self.placement.expert:
             raise ConfigError("this service has no expert workers; there is nothing to rebalance")
         load = self._load.prior() if report is None else self._load.prior_of(report)
-        async with self._migrating:
-            await self._migrate_for(load)
+        for _ in range(MAX_TRIES):
+            async with self._migrating:
+                if await self._migrate_for(load):
+                    return
+            await self._sleep(LOOK_INTERVAL_S)
+        raise CapacityError(
+            f"the experts have not all moved in {MAX_TRIES} tries, as workers came, went or did "
+            "not load them; look at `xds status`, then rebalance again"
+        )
 
     # -- migration ------------------------------------------------------------------------------
 
@@ -293,41 +287,31 @@ class Balancer:
 
         The caller holds the lock.
         """
-        num_moves = 0
-        ticks = migrate(
-            current,
-            target,
-            max_moves=MAX_MOVES,
-            max_staged_per_rank=MAX_STAGED_PER_RANK,
-            layers=layers,
-        )
-        for tick in ticks:
-            if tick.phase is Phase.LOAD:
-                await self._load_experts(origin.expert, tick.moves)
-                num_moves += len(tick.moves)
+
+        async def flip(placement: ExpertPlacement, num_moves: int) -> bool:
+            nonlocal origin
             if self.placement is not origin:
                 logger.info("the workers in use have changed; the migration ends here")
                 return False
-            if tick.phase is Phase.FLIP:
-                # DROP needs nothing: the weights are mapped, and the kernel drops what it must.
-                origin = self.placement = with_experts(origin, tick.placement)
-                self._publish()
-                await self._sleep(TICK_INTERVAL_S)
-        self._num_moves += num_moves
+            origin = self.placement = with_experts(origin, placement)
+            self._num_moves += num_moves
+            self._publish()
+            await self._sleep(TICK_INTERVAL_S)
+            return True
+
+        num_before = self._num_moves
+        ranks, workers = origin.expert, self._workers
+        if not await carry_out(
+            current, target, ranks=ranks, layers=layers, workers=workers, flip=flip
+        ):
+            if self.placement is origin:
+                self._spread_after_s = self._clock.monotonic() + RETRY_INTERVAL_S
+            return False
+        num_moves = self._num_moves - num_before
         self._num_migrations += bool(num_moves)
         numbers = {"num_moves": num_moves, "routing_epoch": origin.epoch}
         logger.info("moved %d experts; routing epoch %d", *numbers.values(), extra=numbers)
         return True
-
-    async def _load_experts(self, ranks: tuple[int, ...], moves: Sequence[ExpertMove]) -> None:
-        """Have the weights present before tokens come; who does not answer faults them in later."""
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        for move in moves:
-            wanted.setdefault(ranks[move.to_rank], []).append((move.layer_idx, move.expert))
-        done = await asyncio.gather(*(self._workers.load(*item) for item in wanted.items()))
-        for rank, is_done in zip(wanted, done, strict=True):
-            if not is_done:
-                logger.warning("expert worker %d did not load its experts in time", rank)
 
     # -- status ---------------------------------------------------------------------------------
 

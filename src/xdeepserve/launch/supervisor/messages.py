@@ -185,7 +185,7 @@ class ExpertHeat(msgspec.Struct, frozen=True, kw_only=True):
         hottest: (layer, expert) with the largest share of its layer's tokens; None = no tokens.
         hottest_share: that share, 0 to 1.
         num_migrations: finished by this supervisor.
-        num_moves: experts that these have moved.
+        num_moves: experts that it has moved, also in migrations that were cut short.
         is_migrating: whether one is under way.
         placement_epoch: of the placement in force.
         rank_ratios: rank of each expert worker in use -> its load over their mean, of all layers
