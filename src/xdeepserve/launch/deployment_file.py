@@ -7,6 +7,7 @@ data: no aliases (which can blow up), no tags that make objects.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_type_hints
@@ -51,8 +52,16 @@ def parse_deployment(data: bytes) -> Deployment:
     return _decode(Deployment, _parse_yaml(data), path="")
 
 
+_BOOL_TAG: Final = "tag:yaml.org,2002:bool"
+_BOOL: Final = re.compile("(?:true|True|TRUE|false|False|FALSE)$")
+"""Of YAML 1.2, which has no other words for it."""
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without aliases and without repeated keys."""
+    """Safe YAML without aliases and without repeated keys; truth values are true and false alone.
+
+    YAML 1.1 takes on, off, yes and no for some too, and some of our settings are named so.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -67,6 +76,13 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(None, None, f"{name!r} is repeated", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != _BOOL_TAG]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StrictLoader.add_implicit_resolver(_BOOL_TAG, _BOOL, list("tTfF"))
 
 
 def _parse_yaml(data: bytes) -> object:

@@ -210,10 +210,42 @@ def _documented_fields(kind: type[Any], path: str) -> list[tuple[str, str]]:
     return found
 
 
+PAGE = Path(__file__).parents[3] / "docs" / "deployment.md"
+
+
+def _documented_defaults() -> list[str]:
+    """Each key of the page with its default, as a deployment file."""
+    files = []
+    for section in re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
+        path = section.partition("\n")[0].strip("`").split(".")
+        for key, default in re.findall(r"^\| `(\w+)` \| `(.*)` \|", section, re.MULTILINE):
+            files.append(": {".join([*path, f"{key}: {default}"]) + "}" * len(path))
+    return files
+
+
+@pytest.mark.parametrize("text", _documented_defaults())
+def test_the_documented_default_is_a_value_of_the_file_and_the_default(text: str) -> None:
+    assert parse_deployment(text.encode()) == Deployment()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("off", "off"), ("ngram", "ngram"), ("mtp", "mtp"), ("'off'", "off")]
+)
+def test_a_word_is_text_also_where_yaml_sees_a_truth_value(text: str, value: str) -> None:
+    assert parse_deployment(f"limits: {{speculation: {text}}}".encode()).limits.speculation == value
+
+
+@pytest.mark.parametrize("text", ["on", "yes", "tRUE", "trueish"])
+def test_truth_values_are_true_and_false_alone(text: str) -> None:
+    assert not parse_deployment(b"pin: false").pin
+    with pytest.raises(ConfigError, match="pin: expected `bool`, got `str`"):
+        parse_deployment(f"pin: {text}".encode())
+
+
 def test_every_key_is_documented() -> None:
     documented = _documented_fields(Deployment, "")
     assert [where for where, doc in documented if not doc] == []
-    page = (Path(__file__).parents[3] / "docs" / "deployment.md").read_text()
+    page = PAGE.read_text()
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page, re.MULTILINE)
     sections = {where.rpartition(".")[0] for where, _ in documented}
     leaves = [(where, doc) for where, doc in documented if where not in sections and "." in where]
