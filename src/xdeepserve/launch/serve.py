@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from xdeepserve import envs
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load_named
-from xdeepserve.launch.deployment import ROLES, Deployment
+from xdeepserve.launch.deployment import ROLES, Deployment, ExpertRoleSpec, SloConfig
 from xdeepserve.launch.deployment_file import load_deployment
 from xdeepserve.launch.flags import add_config_flags, override
 from xdeepserve.launch.logs import setup_logging
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +57,8 @@ def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="give each worker cores of its own, if there are enough (the default)",
     )
+    add_config_flags(parser, ExpertRoleSpec, only=("replicas", "rebalance_interval_s"))
+    add_config_flags(parser, SloConfig)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,8 +93,17 @@ def deployment_from_args(args: argparse.Namespace) -> Deployment:
     """
     base = Deployment() if args.deployment is None else load_deployment(args.deployment)
     counts = {role: getattr(args, role) for role in ROLES if getattr(args, role) is not None}
+    counted = base.with_counts(counts)
+    if base.roles.expert.slices and not counted.roles.expert.slices:
+        logger.warning(
+            "--expert %d overrides %d slices of the deployment file; experts are split evenly",
+            args.expert,
+            base.roles.expert.count,
+        )
     deployment = replace(
-        base.with_counts(counts),
+        counted,
+        roles=replace(counted.roles, expert=override(counted.roles.expert, args)),
+        slo=override(base.slo, args),
         model=args.model or base.model,
         pin=base.pin if args.pin is None else args.pin,
         precision=override(base.precision, args),

@@ -176,6 +176,33 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
     assert overridden.limits == from_file.limits
 
 
+def test_flags_of_experts_and_objectives(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "deployment.yaml"
+    path.write_bytes(COMPLETE)
+    flags = ["--deployment", str(path), "--replicas", "2", "--rebalance-interval-s", "0"]
+    flags += ["--tpot-ms", "20"]
+    changed = serve.deployment_from_args(parse_serve(*flags))
+    expert = changed.roles.expert
+    assert (expert.replicas, expert.rebalance_interval_s, len(expert.slices)) == (2, 0.0, 2)
+    assert (changed.slo.ttft_ms, changed.slo.tpot_ms) == (500, 20)
+    assert caplog.messages == []
+    without_file = serve.deployment_from_args(parse_serve("m", "--expert", "2", "--replicas", "1"))
+    assert without_file.roles.expert.replicas == 1
+    with pytest.raises(ConfigError, match="replicas=1 needs at least 2 expert workers"):
+        serve.deployment_from_args(parse_serve("m", "--expert", "1", "--replicas", "1"))
+
+
+def test_slices_that_a_flag_overrides_are_mentioned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "deployment.yaml"
+    path.write_bytes(COMPLETE)
+    serve.deployment_from_args(parse_serve("--deployment", str(path), "--expert", "4"))
+    assert caplog.messages == [
+        "--expert 4 overrides 2 slices of the deployment file; experts are split evenly"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "flags", "pin"),
     [
