@@ -108,10 +108,10 @@ def idle_ranks(placement: Placement) -> tuple[int, ...]:
     return tuple(rank for rank, row in zip(placement.expert, rows, strict=True) if not all(row))
 
 
-def experts_per_layer(placement: Placement, rank: int) -> list[int]:
-    """How many experts an expert rank in use holds in each layer, replicas included."""
+def experts_of(placement: Placement, rank: int) -> list[list[int]]:
+    """What an expert rank in use holds in each layer, replicas included."""
     rows = dict(zip(placement.expert, _experts_by_rank(placement), strict=True))
-    return [len(experts) for experts in rows[rank]]
+    return rows[rank]
 
 
 def moved_to(

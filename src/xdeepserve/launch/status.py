@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from xdeepserve.clock import SYSTEM_CLOCK
-from xdeepserve.launch.placement import Placement, experts_per_layer
+from xdeepserve.launch.placement import Placement, experts_of
 from xdeepserve.launch.plan import WorkerSpec, worker_name
 from xdeepserve.launch.run_dir import choose_run
 from xdeepserve.launch.service import ServiceConfig, load_service
@@ -138,7 +138,7 @@ def _experts(spec: WorkerSpec, placement: Placement | None) -> str:
     """How many experts a worker holds by the placement in force: "4/layer" or "3-5/layer"."""
     if spec.role != "expert" or placement is None or spec.rank not in placement.expert:
         return "-"
-    counts = experts_per_layer(placement, spec.rank)
+    counts = [len(experts) for experts in experts_of(placement, spec.rank)]
     least, most = min(counts), max(counts)
     return f"{least}/layer" if least == most else f"{least}-{most}/layer"
 

@@ -1,18 +1,21 @@
-"""Worker bodies: when a task beside their loop fails, the heartbeat says so."""
+"""Worker bodies: their errors reach the heartbeat; which experts they have present first."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 
 from tests.multiproc.cluster_harness import DEADLINE_S, make_service, run_folder
 from tests.unit.flowserve.builders import make_config, make_executor, make_group
 from xdeepserve.clock import SYSTEM_CLOCK
+from xdeepserve.launch.placement import Placement
 from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.run_dir import create_run
+from xdeepserve.launch.supervisor.messages import Membership, SavedState
 from xdeepserve.launch.worker.body import WorkerBody, WorkerContext
 from xdeepserve.launch.worker.dp_body import DPBody
 from xdeepserve.launch.worker.module_body import ModuleBody
@@ -75,3 +78,28 @@ async def test_a_worker_that_cannot_show_that_it_lives(
     monkeypatch.setattr(ModuleBody, "_build", lambda self: BrokenServer())
     error = await error_of(ModuleBody(context))
     assert error == "the sign of life failed: RuntimeError: no segment"
+
+
+@pytest.mark.parametrize(
+    ("state", "experts"),
+    [
+        ("missing", [(0, 4), (0, 5), (1, 4), (1, 5)]),
+        ("damaged", [(0, 4), (0, 5), (1, 4), (1, 5)]),
+        ("of others", [(0, 4), (0, 5), (1, 4), (1, 5)]),
+        ("its own", [(0, 2), (1, 1), (1, 7)]),
+    ],
+)
+async def test_a_worker_has_those_experts_present_that_the_placement_gives_it(
+    context: WorkerContext, state: str, experts: list[tuple[int, int]]
+) -> None:
+    run = context.run
+    spec = WorkerSpec(name="expert1", role="expert", rank=1, experts=(4, 6))
+    if state == "damaged":
+        run.state_path.write_bytes(b"{")
+    elif state != "missing":
+        ranks, table = ((0, 1) if state == "its own" else (0, 2)), [[0, 1, 2, -1], [3, 4, 1, 7]]
+        placement = Placement(epoch=1, ffn=(), expert=ranks, table=table)
+        membership = Membership(epoch=1, run_id="", counts={}, members=(), placement=placement)
+        run.write(run.state_path, SavedState(membership=membership, incarnations={}))
+    body = ModuleBody(replace(context, spec=spec))
+    assert body._first_experts() == experts

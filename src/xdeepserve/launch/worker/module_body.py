@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Sequence
@@ -10,12 +11,16 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.launch.background import Background
 from xdeepserve.launch.compose import load_model_at
 from xdeepserve.launch.fabric import Fabric
+from xdeepserve.launch.placement import experts_of
 from xdeepserve.launch.worker.body import WorkerContext
 from xdeepserve.launch.worker.expert_pages import load_experts
+from xdeepserve.launch.worker.routing_feed import published_placement
 from xdeepserve.messages import Heartbeat
 from xdeepserve.transformerless.module_server import ModuleServer
 from xdeepserve.transformerless.partition import Partition, partition
@@ -45,7 +50,7 @@ class ModuleBody:
         self._error: str | None = None
 
     async def start(self) -> None:
-        """Map the weights, those of its own slice into memory, make the segment, serve."""
+        """Map the weights, those of its own experts into memory, make the segment, serve."""
         self._server = await asyncio.to_thread(self._build)
         self._thread = threading.Thread(
             target=self._run, args=(self._server,), name=self._context.spec.title, daemon=True
@@ -64,12 +69,22 @@ class ModuleBody:
         service = context.service
         model = load_model_at(Path(service.model_path), context.precision(), verify=False)
         self._units = partition(model)
-        if spec.experts is not None:
-            slice_of_all = product(range(service.shape.num_layers), range(*spec.experts))
-            load_experts(self._units.experts, slice_of_all)
+        load_experts(self._units.experts, self._first_experts())
         fabric = Fabric.of(context.run.run_id, service.deployment, service.shape)
         port = fabric.open_port(spec.name, spec.role, spec.rank)
         return ModuleServer(port, self._units, stage_times=self._times)
+
+    def _first_experts(self) -> list[tuple[int, int]]:
+        """(layer, expert) that tokens will come for: as placed now, of a new worker its slice."""
+        context, spec = self._context, self._context.spec
+        if spec.experts is None:
+            return []
+        placement = None
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            placement = published_placement(context.run)
+        if placement is None or spec.rank not in placement.expert:
+            return list(product(range(context.service.shape.num_layers), range(*spec.experts)))
+        return [(idx, e) for idx, row in enumerate(experts_of(placement, spec.rank)) for e in row]
 
     def _run(self, server: ModuleServer) -> None:
         try:

@@ -29,6 +29,15 @@ _Stamp = tuple[int, int, int]
 logger = logging.getLogger(__name__)
 
 
+def published_placement(run: RunDirectory) -> Placement | None:
+    """The placement in force, as the state file says.
+
+    Raises:
+        OSError, msgspec.DecodeError: it cannot be read, or is damaged.
+    """
+    return msgspec.json.decode(run.state_path.read_bytes(), type=SavedState).membership.placement
+
+
 class RoutingFeed:
     """Owns the LiveRouting of one DP group. Thread: the event loop; readers anywhere."""
 
@@ -73,7 +82,7 @@ class RoutingFeed:
             self._stamp = info.st_ino, info.st_mtime_ns, info.st_size
             if self._stamp == before:
                 return None
-            return msgspec.json.decode(path.read_bytes(), type=SavedState).membership.placement
+            return published_placement(self._run)
         except msgspec.DecodeError as exc:
             logger.warning("%s is damaged: %s", path, exc)
         except OSError as exc:
