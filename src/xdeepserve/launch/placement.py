@@ -2,12 +2,13 @@
 
 first_placement --> Placement(epoch n) --published with the membership-->
     DP groups: routing_table(placement) --> LiveRouting.swap
-workers come and go --> moved_to(ranks): complete at once, new ranks still empty
+workers come and go --> moved_to(ranks): complete at once, new ranks still empty, no search
 load, new ranks     --> plan_experts(load): where to migrate by ticks
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from itertools import chain
 from typing import Final
@@ -27,9 +28,6 @@ EMPTY = -1
 
 TOLERANCE: Final = 0.01
 """How much better a peak must be, as a fraction, to be worth more moves."""
-
-LEAVE_TOLERANCE: Final = 0.2
-"""The same when a rank leaves: nobody prepares the moves, and the next rebalance will see."""
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,25 +118,40 @@ def moved_to(
     ffn: tuple[int, ...],
     expert: tuple[int, ...],
     load: NDArray[np.float64],
-    replicas: int,
 ) -> Placement:
     """The next placement, for other ranks: what stays keeps its experts, new ranks get none yet.
 
-    Where the last replica of an expert leaves, the others take over at once, balanced by load.
+    Where the last replica of an expert leaves, the least loaded of the others takes over at once:
+    no search, as who publishes cannot wait for one.
 
     Args:
         placement: in force.
         ffn, expert: ranks in use from now on.
         load: [L, E] tokens per expert.
-        replicas: redundant experts on each worker.
     """
     table = placement.table
     if expert != placement.expert:
-        current = _arranged(placement, expert, load.shape[1])
-        if (current.num_replicas < 1).any():
-            _, current = _planned(placement, expert, load, replicas, tolerance=LEAVE_TOLERANCE)
-        table = current.physical_to_logical.tolist()
+        held = _on_ranks(placement, expert)
+        for layer_idx, layer_load in enumerate(load.tolist()):
+            _adopt_orphans([rows[layer_idx] for rows in held], layer_load)
+        table = _table(held)
     return Placement(epoch=placement.epoch + 1, ffn=ffn, expert=expert, table=table)
+
+
+def _adopt_orphans(ranks: list[list[int]], load: list[float]) -> None:
+    """Give the experts of a layer that no rank has to the least loaded ranks, heaviest first.
+
+    Args:
+        ranks: experts of each rank, extended here.
+        load: of each expert.
+    """
+    num_replicas = Counter(chain.from_iterable(ranks))
+    rank_load = [sum(load[e] / num_replicas[e] for e in experts) for experts in ranks]
+    orphans = [expert for expert in range(len(load)) if expert not in num_replicas]
+    for expert in sorted(orphans, key=lambda expert: -load[expert]):
+        lightest = rank_load.index(min(rank_load))
+        ranks[lightest].append(expert)
+        rank_load[lightest] += load[expert]
 
 
 def plan_experts(
@@ -151,7 +164,21 @@ def plan_experts(
         load: [L, E] tokens per expert.
         replicas: redundant experts on each worker.
     """
-    return _planned(placement, placement.expert, load, replicas, tolerance=TOLERANCE)
+    num_experts, num_ranks = load.shape[1], len(placement.expert)
+    # One worker holds all experts, and none holds an expert twice.
+    num_replicas = min(num_experts + replicas * num_ranks, num_experts * num_ranks)
+    num_slots = -(-num_replicas // num_ranks)
+    # Beyond what a rank will hold, its last slots go first: at the start the redundant ones.
+    target = place_experts(
+        load,
+        num_replicas=num_replicas,
+        num_ranks=num_ranks,
+        current=_arranged(placement, num_experts, exact_slots=num_slots),
+        tolerance=TOLERANCE,
+    )
+    current = _arranged(placement, num_experts, min_slots=num_slots)
+    slots = current.slots_per_rank
+    return current, resize(target, num_ranks=num_ranks, slots_per_rank=slots)
 
 
 def with_experts(placement: Placement, experts: ExpertPlacement) -> Placement:
@@ -166,52 +193,37 @@ def with_experts(placement: Placement, experts: ExpertPlacement) -> Placement:
 
 def expert_placement(placement: Placement, num_experts: int) -> ExpertPlacement:
     """The experts as they are placed."""
-    return _arranged(placement, placement.expert, num_experts)
-
-
-def _planned(
-    placement: Placement,
-    ranks: tuple[int, ...],
-    load: NDArray[np.float64],
-    replicas: int,
-    *,
-    tolerance: float,
-) -> tuple[ExpertPlacement, ExpertPlacement]:
-    num_experts, num_ranks = load.shape[1], len(ranks)
-    # One worker holds all experts, and none holds an expert twice.
-    num_replicas = min(num_experts + replicas * num_ranks, num_experts * num_ranks)
-    num_slots = -(-num_replicas // num_ranks)
-    # Beyond what a rank will hold, its last slots go first: at the start the redundant ones.
-    target = place_experts(
-        load,
-        num_replicas=num_replicas,
-        num_ranks=num_ranks,
-        current=_arranged(placement, ranks, num_experts, exact_slots=num_slots),
-        tolerance=tolerance,
-    )
-    current = _arranged(placement, ranks, num_experts, min_slots=num_slots)
-    slots = current.slots_per_rank
-    return current, resize(target, num_ranks=num_ranks, slots_per_rank=slots)
+    return _arranged(placement, num_experts)
 
 
 def _arranged(
     placement: Placement,
-    ranks: tuple[int, ...],
     num_experts: int,
     *,
     min_slots: int = 1,
     exact_slots: int | None = None,
 ) -> ExpertPlacement:
-    """The placed experts on other ranks: those not placed yet are empty, experts may be missing."""
+    """The placed experts with so many slots on a rank; some are missing where these are few."""
+    table = _table(_experts_by_rank(placement), min_slots=min_slots, exact_slots=exact_slots)
+    num_ranks = len(placement.expert)
+    return ExpertPlacement.from_physical(table, num_experts=num_experts, num_ranks=num_ranks)
+
+
+def _on_ranks(placement: Placement, ranks: tuple[int, ...]) -> list[list[list[int]]]:
+    """The placed experts by rank and layer; nothing on ranks that are not in use yet."""
     held = dict(zip(placement.expert, _experts_by_rank(placement), strict=True))
-    nothing: list[list[int]] = [[]] * len(placement.table)
-    rows = [held.get(rank, nothing) for rank in ranks]
-    num_slots = exact_slots or max(min_slots, *(len(row) for rank in rows for row in rank), 1)
-    table = [
-        list(chain.from_iterable(_slots(rank[layer_idx], num_slots) for rank in rows))
-        for layer_idx in range(len(placement.table))
+    return [held.get(rank) or [[] for _ in placement.table] for rank in ranks]
+
+
+def _table(
+    held: list[list[list[int]]], *, min_slots: int = 1, exact_slots: int | None = None
+) -> list[list[int]]:
+    """[L][P] of the experts by rank and layer."""
+    num_slots = exact_slots or max(min_slots, *(len(row) for rows in held for row in rows), 1)
+    return [
+        list(chain.from_iterable(_slots(rank, num_slots) for rank in layer))
+        for layer in zip(*held, strict=True)
     ]
-    return ExpertPlacement.from_physical(table, num_experts=num_experts, num_ranks=len(ranks))
 
 
 def _slots(experts: list[int], num_slots: int) -> list[int]:

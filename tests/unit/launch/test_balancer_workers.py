@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.unit.launch.balancer_run import Run, check_epochs_and_completeness
 from xdeepserve.eplb import ExpertLoadReport, ExpertPlacement
+from xdeepserve.launch import placement
 from xdeepserve.launch.placement import expert_placement, idle_ranks, plan_experts
 from xdeepserve.launch.supervisor import balancer, migration
 
@@ -33,6 +35,31 @@ async def test_a_rank_that_leaves_is_replaced_at_once() -> None:
     assert placement.expert == (0,)
     assert (expert_placement(placement, 8).num_replicas == 1).all()
     assert placement.epoch == 1
+
+
+async def test_who_leaves_is_replaced_without_a_search_and_the_next_look_improves_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def search(*args: object, **kwargs: object) -> ExpertPlacement:
+        raise AssertionError("whoever publishes would wait for it")
+
+    run = Run(experts=4)
+    await run.look_after(0.0)
+    run.workers.count(np.array([900, 900, 10, 10, 500, 500, 500, 500]))
+    await run.look_after(0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(placement, "place_experts", search)
+        # The light rank (2, 3) stays, and takes over the heaviest of (0, 1).
+        left = run.balancer.place(
+            wanted=[("expert", rank) for rank in (1, 2, 3)], ready=[], failed=[]
+        )
+    counts = expert_placement(left, 8).replicas_on_ranks()
+    assert (counts.sum(axis=1) == 1).all(), "every expert is somewhere, once"
+    assert counts[0, 0, [0, 2, 3]].tolist() == [1, 1, 1]
+    assert run.published == []
+    await run.look_after(0.0)
+    assert run.published, "the rest is for the next look"
+    check_epochs_and_completeness(run)
 
 
 async def test_a_rank_that_comes_back_is_filled_again() -> None:

@@ -2,7 +2,7 @@
 
     workers come and go --> place: the next placement at once, complete, new ranks still empty
     every second        --> look: counts of the DP groups
-                              | a new rank is not filled yet |
+                              | ranks have come or gone      |
                               | every rebalance_interval_s,  +--> migrate by ticks: LOAD, FLIP
                               | if `decide` says so          |
     Rebalance request   --> rebalance
@@ -180,8 +180,7 @@ class Balancer:
         if self._load is None or not expert:  # FFN workers only, or all are to end
             nothing: list[list[int]] = [[]] * self._shape.num_layers
             return Placement(epoch=current.epoch + 1, ffn=ffn, expert=(), table=nothing)
-        replicas = self._replicas(len(expert))
-        return moved_to(current, ffn=ffn, expert=expert, load=self._load.prior(), replicas=replicas)
+        return moved_to(current, ffn=ffn, expert=expert, load=self._load.prior())
 
     def _replicas(self, num_ranks: int) -> int:
         return self._deployment.roles.expert.replicas if num_ranks >= 2 else 0
@@ -209,7 +208,7 @@ class Balancer:
             return
         now_s = self._clock.monotonic()
         is_window_over = now_s >= self._window_end_s
-        if self._spread_to != placement.expert and idle_ranks(placement):
+        if self._spread_to != placement.expert:
             if now_s >= self._spread_after_s:
                 async with self._migrating:
                     await self._migrate_for(load.prior())
