@@ -5,7 +5,6 @@ Pure but for `ExpertLoadStats`: this room counts and plans; others load experts 
 
 from __future__ import annotations
 
-from xdeepserve.eplb.cost_model import place_redundant_experts
 from xdeepserve.eplb.load_stats import ExpertLoadReport, ExpertLoadStats
 from xdeepserve.eplb.migrate import ExpertMove, MigrationTick, Phase, migrate
 from xdeepserve.eplb.place import place_experts
@@ -37,7 +36,6 @@ __all__ = [
     "num_loads",
     "peak_over_mean",
     "place_experts",
-    "place_redundant_experts",
     "rank_load",
     "rebalance_experts",
     "resize",

@@ -83,11 +83,6 @@ class ExpertLoadStats:
         self._open = 0
         self._num_closed = 0
 
-    @property
-    def num_samples(self) -> int:
-        """Tokens counted in all windows held, summed over layers and experts."""
-        return int(self._ring.sum())
-
     def record(self, layer_idx: int, topk_ids: I32) -> None:
         """Count one layer of one step: topk_ids [T, K] logical ids, -1 = skipped."""
         counts = np.bincount(topk_ids.ravel() + 1, minlength=self._ring.shape[2] + 1)

@@ -5,7 +5,7 @@
     DROP   nothing uses the replaced experts any more; their memory is free
 
 The caller carries out a tick, waits until that is done everywhere, and asks for the next. It may
-stop after any tick: `placement` is what is in force, and dropping `leftovers` ends the migration.
+stop after any tick: `placement` is what is in force, and all that it names is held.
 
 A slot can change on its own while its expert has another replica. What then remains are cycles of
 experts with one replica each; a cycle flips as a whole, or, where it is too long for one tick, as
@@ -73,16 +73,6 @@ class MigrationTick:
     phase: Phase
     moves: tuple[ExpertMove, ...]
     placement: ExpertPlacement
-
-    @property
-    def leftovers(self) -> tuple[tuple[int, int, int], ...]:
-        """(layer_idx, rank, expert) held beyond `placement` after this tick: drop to stop here."""
-        if self.phase is Phase.LOAD:
-            return tuple((m.layer_idx, m.to_rank, m.expert) for m in self.moves)
-        if self.phase is Phase.FLIP:
-            leaving = _leaving(self.moves, self.placement)
-            return tuple((m.layer_idx, m.to_rank, m.replaced) for m in leaving)
-        return ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """ExpertPlacement: which logical expert sits in which physical slot, layer by layer.
 
 Rank r owns the consecutive slots [r * slots_per_rank, (r + 1) * slots_per_rank) of every layer. The
-values are plain data; how they are chosen is elsewhere (`place`, `published`, `cost_model`).
+values are plain data; how they are chosen is elsewhere (`place`, `published`).
 """
 
 from __future__ import annotations

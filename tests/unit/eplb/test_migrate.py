@@ -86,32 +86,24 @@ def two_placements(draw: st.DrawFn) -> tuple[ExpertPlacement, ExpertPlacement]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(two_placements(), st.integers(2, 5), st.integers(1, 3), st.integers(0, 40))
+@given(two_placements(), st.integers(2, 5), st.integers(1, 3))
 def test_every_tick_leaves_a_valid_placement(
-    ends: tuple[ExpertPlacement, ExpertPlacement], max_moves: int, max_staged: int, stop_at: int
+    ends: tuple[ExpertPlacement, ExpertPlacement], max_moves: int, max_staged: int
 ) -> None:
     current, target = ends
     ranks = Ranks(current)
     epochs = 0
     ticks = migrate(current, target, max_moves=max_moves, max_staged_per_rank=max_staged)
-    for idx, tick in enumerate(ticks):
+    for tick in ticks:
         ranks.apply(tick)
         check_placement(tick.placement, slots_per_rank=current.slots_per_rank)
         assert len(tick.moves) <= max_moves
         epochs += tick.phase is Phase.FLIP
-        if idx == stop_at:
-            stop_here(ranks, tick)
-            return
+        assert ranks.held >= experts_of(tick.placement), "it may be abandoned here"
     assert ranks.held == experts_of(target)
     assert same_ranks(ranks.in_force, target)
     assert ranks.peak_staged <= max_staged
     assert (epochs == 0) == same_ranks(current, target)
-
-
-def stop_here(ranks: Ranks, tick: MigrationTick) -> None:
-    """Abandon the migration: what the ticks call leftovers is all that has to go."""
-    ranks.held -= set(tick.leftovers)
-    assert ranks.held == experts_of(tick.placement)
 
 
 def run(ticks: Iterable[MigrationTick], ranks: Ranks) -> list[MigrationTick]:
@@ -130,9 +122,6 @@ def test_a_replica_is_loaded_routed_and_only_then_the_old_one_dropped() -> None:
     (move,) = load.moves
     assert (move.layer_idx, move.expert, move.from_rank, move.to_rank) == (0, 1, 0, 1)
     assert (move.slot, move.replaced) == (3, 0)
-    assert load.leftovers == ((0, 1, 1),)
-    assert flip.leftovers == ((0, 1, 0),)
-    assert drop.leftovers == ()
     assert load.placement is current
     assert flip.placement.physical_to_logical.tolist() == [[0, 1, 2, 1]]
 
