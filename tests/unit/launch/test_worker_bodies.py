@@ -6,6 +6,8 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from xdeepserve.launch.placement import Placement
 from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.run_dir import create_run
 from xdeepserve.launch.supervisor.messages import Membership, SavedState
+from xdeepserve.launch.worker import dp_body
 from xdeepserve.launch.worker.body import WorkerBody, WorkerContext
 from xdeepserve.launch.worker.dp_body import DPBody
 from xdeepserve.launch.worker.module_body import ModuleBody
@@ -103,3 +106,25 @@ async def test_a_worker_has_those_experts_present_that_the_placement_gives_it(
         run.write(run.state_path, SavedState(membership=membership, incarnations={}))
     body = ModuleBody(replace(context, spec=spec))
     assert body._first_experts() == experts
+
+
+@pytest.mark.parametrize("incarnation", [1, 2])
+async def test_a_group_that_is_started_again_does_not_wait_long_for_who_is_down(
+    context: WorkerContext, monkeypatch: pytest.MonkeyPatch, incarnation: int
+) -> None:
+    waited_s: list[float] = []
+
+    class NobodyThere:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def wait_complete(self, *, timeout_s: float) -> bool:
+            waited_s.append(timeout_s)
+            return False
+
+    monkeypatch.setattr(dp_body, "XcclTransport", NobodyThere)
+    monkeypatch.setattr(dp_body, "partition", lambda model: ())
+    feed = SimpleNamespace(fabric=SimpleNamespace(open_port=lambda *_: None), routing=None)
+    body: Any = DPBody(replace(context, incarnation=incarnation))
+    body._connect(None, feed)
+    assert waited_s == [dp_body.LINK_TIMEOUT_S if incarnation == 1 else dp_body.RELINK_TIMEOUT_S]

@@ -24,7 +24,9 @@ from xdeepserve.transformerless.stage_times import StageTimes
 from xdeepserve.transformerless.xccl_transport import XcclTransport
 
 LINK_TIMEOUT_S: Final = 10.0
-"""How long a group waits for workers that start at the same time."""
+"""How long a new group waits for workers that start at the same time."""
+RELINK_TIMEOUT_S: Final = 1.0
+"""The same of one that is started again: they are there, or it does their work until they are."""
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,9 @@ class DPBody:
             load_stats=self._load_stats,
             share=ExpertShare() if limits.share_experts else None,
         )
-        if not transport.wait_complete(timeout_s=LINK_TIMEOUT_S):
+        is_new = self._context.incarnation == 1
+        timeout_s = LINK_TIMEOUT_S if is_new else RELINK_TIMEOUT_S
+        if not transport.wait_complete(timeout_s=timeout_s):
             logger.warning("%s begins without some FFN or expert workers", spec.name)
         return transport
 
