@@ -186,6 +186,17 @@ async def test_the_experts_are_moved_on_request(capsys: pytest.CaptureFixture[st
         assert "nothing to rebalance" in capsys.readouterr().err
 
 
+async def test_a_worker_that_was_killed_and_scaled_away_leaves_no_segment() -> None:
+    async with running_cluster(attention=1, expert=2) as running:
+        names = ("dp0", "expert1")
+        segments = [SHM_FOLDER / f"xds-{running.cluster.run.run_id}-{name}" for name in names]
+        for segment in segments:
+            segment.touch(mode=0o600)
+        await running.cluster.scale({"expert": 1})
+        await running.until(is_settled("dp0", "expert0"))
+        assert [segment.exists() for segment in segments] == [True, False]
+
+
 async def test_crash_loop_ends_in_failed_until_scaled() -> None:
     async with running_cluster(attention=1, expert=2) as running:
         order = running.order("expert0", "crash")

@@ -130,6 +130,10 @@ class RunDirectory:
         """The gateway that holds the lease; None when the run is dead."""
         return lock_holder(self.lease_path)
 
+    def segment_path(self, name: str) -> Path:
+        """Shared memory of worker `name`."""
+        return SHM_FOLDER / f"xds-{self.run_id}-{name}"
+
     def shared_segments(self) -> list[Path]:
         """Shared-memory segments of this run; those of other users are not of this run."""
         named = SHM_FOLDER.glob(f"xds-{self.run_id}-*")

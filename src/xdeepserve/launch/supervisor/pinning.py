@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
 
 import msgspec
 
 from xdeepserve import envs
+from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.launch.cores import Topology, pin_workers, threads_per_worker, wants_pinning
 from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.run_dir import RunDirectory, living_runs
 from xdeepserve.launch.supervisor.messages import Membership, SavedState
+
+CHOICE_TIMEOUT_S: Final = 2.0
+"""A choice takes milliseconds; who is stuck in one must not keep others from starting."""
+
+_POLL_S: Final = 0.01
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def choosing_cores(run: RunDirectory, *, timeout_s: float = CHOICE_TIMEOUT_S) -> Iterator[None]:
+    """No other run chooses cores within the block, which ends with what was chosen published.
+
+    It locks the folder that the runs are in, so that no file is left. Blocks; after the timeout it
+    goes on without the lock: two runs with a core in common are slow, not wrong.
+
+    Args:
+        run: whose workers are placed.
+        timeout_s: how long to wait for another run.
+    """
+    descriptor = os.open(run.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline_s = SYSTEM_CLOCK.monotonic() + timeout_s
+        while not (is_locked := _try_lock(descriptor)) and SYSTEM_CLOCK.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        if not is_locked:
+            logger.warning("cores are chosen beside another run that chooses for %g s", timeout_s)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def pinned(

@@ -42,7 +42,7 @@ from xdeepserve.launch.supervisor.messages import (
     SupervisorRequest,
     WorkerState,
 )
-from xdeepserve.launch.supervisor.pinning import pinned
+from xdeepserve.launch.supervisor.pinning import choosing_cores, pinned
 from xdeepserve.launch.supervisor.worker_slot import WorkerSlot
 
 logger = logging.getLogger(__name__)
@@ -151,11 +151,12 @@ class Supervisor:
             counts |= counts_of([name for name, holder in workers.items() if holder is not None])
             self._raise_epochs()
             logger.error("%s is lost; going on with %s", self._run.state_path, counts)
-        self._adopt_plan(counts)
-        for member in self._membership.members:
-            self._start_slot(member)
-        self._reconcile()
-        self._publish()
+        with choosing_cores(self._run):
+            self._adopt_plan(counts)
+            for member in self._membership.members:
+                self._start_slot(member)
+            self._reconcile()
+            self._publish()
 
     def _load_state(self) -> SavedState | None:
         try:
@@ -226,6 +227,7 @@ class Supervisor:
             if not self._ended.done():
                 self._ended.set_exception(error)
             return
+        self._run.segment_path(name).unlink(missing_ok=True)  # Killed, it could not do so.
         self._reconcile()
         self._publish()
 
@@ -295,11 +297,12 @@ class Supervisor:
     async def _scale(self, counts: dict[str, int]) -> Membership:
         if self._is_stopping:
             raise CapacityError("the service is stopping; it cannot be scaled")
-        self._adopt_plan({**self._counts, **counts})
-        logger.info("scaling to %s", self._counts)
-        for name in self._wanted:
-            if (slot := self._slots.get(name)) is not None:
-                slot.retry()
-        self._reconcile()
-        self._publish()
+        with choosing_cores(self._run):
+            self._adopt_plan({**self._counts, **counts})
+            logger.info("scaling to %s", self._counts)
+            for name in self._wanted:
+                if (slot := self._slots.get(name)) is not None:
+                    slot.retry()
+            self._reconcile()
+            self._publish()
         return self._membership
