@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -145,3 +146,15 @@ class GatewayConfig:
         _require(0 <= self.port <= 65535, f"port={self.port} must be between 0 and 65535")
         _require(self.drain_timeout_s >= 0, f"drain_timeout_s={self.drain_timeout_s} must be >= 0")
         _require(self.default_max_tokens >= 0, "default_max_tokens must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloConfig:
+    """Service-level objectives: `xds status` shows them, `/metrics` who kept them."""
+
+    ttft_ms: float = option(0.0, "Target time to first token, milliseconds; 0 = none.")
+    tpot_ms: float = option(50.0, "Target time per output token, milliseconds; 0 = none.")
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms)):
+            _require(math.isfinite(value) and value >= 0, f"{name}={value} must be finite and >= 0")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from xdeepserve.config import EngineConfig, GatewayConfig, ModelConfig, option
+from xdeepserve.config import EngineConfig, GatewayConfig, ModelConfig, SloConfig, option
 from xdeepserve.errors import ConfigError
 from xdeepserve.transformerless.exchange_limit import EXCHANGE_TIMEOUT_S
 
@@ -115,18 +115,6 @@ class RolesSpec:
     attention: AttentionRoleSpec = option(AttentionRoleSpec(), "DP groups.")
     ffn: RoleSpec = option(RoleSpec(), "Workers of dense layers and shared experts.")
     expert: ExpertRoleSpec = option(ExpertRoleSpec(), "Workers of routed experts.")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SloConfig:
-    """Service-level objectives; shown by `xds status`."""
-
-    ttft_ms: float = option(0.0, "Target time to first token, milliseconds; 0 = none.")
-    tpot_ms: float = option(50.0, "Target time per output token, milliseconds; 0 = none.")
-
-    def __post_init__(self) -> None:
-        for name, value in (("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms)):
-            _require(math.isfinite(value) and value >= 0, f"{name}={value} must be finite and >= 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

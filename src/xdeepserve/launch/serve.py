@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from xdeepserve import envs
-from xdeepserve.config import GatewayConfig
+from xdeepserve.config import GatewayConfig, SloConfig
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load_named
-from xdeepserve.launch.deployment import ROLES, Deployment, ExpertRoleSpec, SloConfig
+from xdeepserve.launch.deployment import ROLES, Deployment, ExpertRoleSpec
 from xdeepserve.launch.deployment_file import load_deployment
 from xdeepserve.launch.flags import add_config_flags, override
 from xdeepserve.launch.logs import setup_logging
@@ -143,6 +143,7 @@ def _serve_colocated(
         defaults=SamplingDefaults.from_folder(loaded.tokenizer_dir),
         collectors=[StageCollector(times)],
     )
+    app.state.gateway.metrics.count_objectives(deployment.slo)
     engine.start()
     run_server(app, deployment.gateway, listener=listener, access_log=access_log)
     return 0

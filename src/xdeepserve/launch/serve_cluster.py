@@ -100,6 +100,7 @@ async def _serve(
             defaults=defaults,
             collectors=[collector],
         )
+        app.state.gateway.metrics.count_objectives(deployment.slo)
         server = make_server(
             app,
             deployment.gateway,

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
+from xdeepserve.config import SloConfig
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.messages import LoadReport, Usage
 from xdeepserve.telemetry import RequestTimeline
@@ -88,6 +89,7 @@ class GatewayMetrics:
         self.registry.register(EngineCollector(engine, model_name))
         ProcessCollector(registry=self.registry)
         self._model_name = model_name
+        self._slo: SloConfig | None = None
         self._success = Counter(
             PREFIX + "request_success",
             "Requests that ended, by finish reason.",
@@ -103,6 +105,16 @@ class GatewayMetrics:
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens.", _TOKEN_BUCKETS)
         self._output = self._histogram(
             "request_generation_tokens", "Output tokens.", _TOKEN_BUCKETS
+        )
+
+    def count_objectives(self, slo: SloConfig) -> None:
+        """Count from now on how many choices keep these; call once."""
+        self._slo = slo
+        self._kept = Counter(
+            PREFIX + "request_slo",
+            "Choices for which TTFT or TPOT is known, by whether it was within its objective.",
+            [LABEL, "objective", "kept"],
+            registry=self.registry,
         )
 
     def on_tokens(self, *, timeline: RequestTimeline, count: int, now_s: float) -> None:
@@ -124,6 +136,14 @@ class GatewayMetrics:
         self._output.observe(usage.num_output_tokens)
         if timeline.tpot_s is not None:
             self._tpot.observe(timeline.tpot_s)
+        if self._slo is not None:
+            self._judge("ttft", timeline.ttft_s, self._slo.ttft_ms)
+            self._judge("tpot", timeline.tpot_s, self._slo.tpot_ms)
+
+    def _judge(self, objective: str, measured_s: float | None, target_ms: float) -> None:
+        if measured_s is not None and target_ms > 0:
+            kept = "true" if 1000 * measured_s <= target_ms else "false"
+            self._kept.labels(self._model_name, objective, kept).inc()
 
     def _histogram(self, name: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
         parent = Histogram(PREFIX + name, doc, [LABEL], registry=self.registry, buckets=buckets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pytest
 from prometheus_client import generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -11,9 +12,11 @@ from prometheus_client.registry import Collector
 from tests.unit.maas.asgi import MODEL, call
 from tests.unit.maas.replay_engine import ReplayEngine, steps_of
 from tests.unit.text.byte_tokenizer import byte_tokenizer
-from xdeepserve.config import GatewayConfig
+from xdeepserve.config import GatewayConfig, SloConfig
 from xdeepserve.maas.app import create_app
 from xdeepserve.maas.metrics import GatewayMetrics
+from xdeepserve.messages import Usage
+from xdeepserve.telemetry import RequestTimeline
 
 
 class Answer(Collector):
@@ -51,3 +54,39 @@ def test_speculation_is_counted_under_the_field_s_names() -> None:
     ]
     assert [line.split()[-1] for line in by_position] == ["3.0", "2.0", "2.0", "0.0"]
     assert 'position="3"' in by_position[3]
+
+
+def slo_lines(metrics: GatewayMetrics) -> dict[tuple[str, str], float]:
+    """(objective, kept) -> choices."""
+    family = "xdeepserve:request_slo_total"
+    return {
+        (sample.labels["objective"], sample.labels["kept"]): sample.value
+        for metric in metrics.registry.collect()
+        for sample in metric.samples
+        if sample.name == family
+    }
+
+
+@pytest.mark.parametrize(
+    ("slo", "expected"),
+    [
+        (SloConfig(ttft_ms=0, tpot_ms=0), {}),
+        (
+            SloConfig(ttft_ms=1000, tpot_ms=60),
+            {("ttft", "true"): 1, ("ttft", "false"): 1, ("tpot", "true"): 1},
+        ),
+        (SloConfig(ttft_ms=0, tpot_ms=40), {("tpot", "false"): 1}),
+    ],
+)
+def test_choices_within_the_objectives_are_counted(
+    slo: SloConfig, expected: dict[tuple[str, str], float]
+) -> None:
+    metrics = GatewayMetrics(ReplayEngine(), MODEL)
+    metrics.count_objectives(slo)
+    quick = RequestTimeline(0.0, first_token_s=1.0, last_token_s=1.1, num_output_tokens=3)
+    slow = RequestTimeline(0.0, first_token_s=1.1, last_token_s=1.1, num_output_tokens=1)
+    nothing = RequestTimeline(0.0)
+    for timeline in (quick, slow, nothing):
+        usage = Usage(num_prompt_tokens=1, num_output_tokens=timeline.num_output_tokens)
+        metrics.on_finished(timeline=timeline, usage=usage, finish_reason="stop", now_s=2.0)
+    assert slo_lines(metrics) == expected
