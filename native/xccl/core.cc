@@ -22,7 +22,7 @@ void Core::ring(const Segment& segment) {
 
 Core::Core(std::shared_ptr<Segment> own, int64_t frozen_after_ns)
     : own_(std::move(own)), peers_(params().max_ranks), frozen_after_ns_(frozen_after_ns) {
-  beat(now_ns());
+  beat();
 }
 
 void Core::attach(std::shared_ptr<Segment> segment) {

@@ -60,7 +60,11 @@ class Core {
            peers_[rank].pulse.state() == PeerState::kAbsent;
   }
 
-  void beat(int64_t now) { store_relaxed(own_->live().heartbeat, static_cast<uint64_t>(now)); }
+  // Shows that the owner's loop is alive. Two threads that beat at once may count as one.
+  void beat() {
+    uint64_t& word = own_->live().heartbeat;
+    store_relaxed(word, load_relaxed(word) + 1);
+  }
   // After a release store that the peer may wait for: wakes it if it sleeps.
   void wake(uint32_t rank) {
     full_fence();
@@ -123,7 +127,7 @@ Status Core::wait(Ready&& ready, int64_t deadline_ns, Owed&& owed) {
     }
     now = now_ns();
   }
-  beat(now);
+  beat();
   const int64_t yield_until = std::min(deadline_ns, now + pacer_.yield_ns());
   for (bool hogged = false; now < yield_until && !hogged;) {
     sched_yield();
@@ -134,7 +138,7 @@ Status Core::wait(Ready&& ready, int64_t deadline_ns, Owed&& owed) {
   }
   for (int64_t look_at = start + kLookEveryNs;;) {
     if (now >= deadline_ns) return ready() ? Status::kOk : Status::kTimeout;
-    beat(now);
+    beat();
     if (now >= look_at) {
       look_at = now + kLookEveryNs;
       if (someone_lost(owed())) {  // what it published before is visible by now: ask again

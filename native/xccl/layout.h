@@ -75,7 +75,7 @@ inline constexpr uint64_t kBlobBytes = 256;
 using Blob = std::array<uint8_t, kBlobBytes>;
 
 struct alignas(64) LiveLine {
-  uint64_t heartbeat;  // grows while the owner's loop is alive
+  uint64_t heartbeat;  // moves with every call and wait of the owner
 };
 
 struct alignas(64) SleepLine {

@@ -111,7 +111,6 @@ std::vector<PyBatch> poll(nb::handle_t<Port> self, double timeout_s, uint32_t ma
   };
   if (timeout_s == 0.0 || take()) {
     if (arrived.empty()) take();
-    port.core.beat(now_ns());
   } else {
     wait_released(port, take, timeout_s, [] { return std::span<const uint32_t>(); });
   }

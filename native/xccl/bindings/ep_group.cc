@@ -39,7 +39,6 @@ class PyEpGroup {
           wait_released(port_, is_complete, timeout_s, [&] { return gathering_.missing(tag); });
       if (status != Status::kOk) raise_missing(status, tag);
     }
-    port_.core.beat(now_ns());
     arrived_.clear();
     gathering_.hand_out(tag, arrived_);
     return batches_of(owner_, arrived_);

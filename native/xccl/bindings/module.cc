@@ -157,7 +157,7 @@ NB_MODULE(_xccl, m) {
       .def("attach", &attach, "blob"_a)
       .def("unlink", [](Port& p) { return p.core.own().unlink(); })
       .def("close_segment", [](Port& p) { p.core.own().close(); })
-      .def("beat", [](Port& p) { p.core.beat(now_ns()); })
+      .def("beat", [](Port& p) { p.core.beat(); })
       .def("ring_self", [](Port& p) { p.core.ring_self(); })
       .def("is_linked",
            [](Port& p, uint32_t rank) { return p.core.is_attached(rank) && p.core.is_linked(rank); },

@@ -68,11 +68,12 @@ void raise_status(Status status, const std::string& what, const Ranks& ranks = {
 // Seconds to an absolute deadline; ValueError when negative or not a number.
 int64_t deadline_after(double timeout_s);
 
-// Holds the port for one call.
+// Holds the port for one call, which is a heartbeat.
 class Turn {
  public:
   explicit Turn(Port& port) : port_(port) {
     if (port.is_busy.test_and_set(std::memory_order_acquire)) refuse();
+    port.core.beat();
   }
   ~Turn() { port_.is_busy.clear(std::memory_order_release); }
   Turn(const Turn&) = delete;

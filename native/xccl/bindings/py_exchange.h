@@ -193,7 +193,6 @@ class PyExchange {
           port_, ready, timeout_s, [&rank] { return std::span<const uint32_t>(&rank, 1); });
       if (status != Status::kOk) raise_wait(status);
     }
-    port_.core.beat(now_ns());
     raise_post(posted);
   }
 

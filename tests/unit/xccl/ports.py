@@ -48,13 +48,16 @@ class Ranks:
             port.close()
 
 
-def native_ranks(run_id: str, layout: Layout = SMALL) -> Ranks:
+def native_ranks(run_id: str, layout: Layout = SMALL, *, frozen_after_s: float = 2.0) -> Ranks:
     def link(ports: list[Port]) -> None:
         for port in ports:
             for other in ports:
                 port.attach(other.blob())
 
-    return Ranks(lambda rank: Port(run_id, f"r{rank}", rank, layout=layout), link)
+    def start(rank: int) -> Port:
+        return Port(run_id, f"r{rank}", rank, layout=layout, frozen_after_s=frozen_after_s)
+
+    return Ranks(start, link)
 
 
 def reference_ranks(layout: Layout = SMALL) -> Ranks:
