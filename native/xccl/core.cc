@@ -77,9 +77,15 @@ PeerState Core::look(uint32_t rank) {
   return peer.pulse.look(*peer.segment, now_ns(), frozen_after_ns_);
 }
 
-bool Core::someone_lost(std::span<const uint32_t> owed) {
+// A rank that was found lost is always looked at again: it may have thawed.
+bool Core::someone_lost(std::span<const uint32_t> owed, int64_t now) {
   bool lost = false;
-  for (const uint32_t rank : owed) lost |= look(rank) != PeerState::kAlive;
+  for (const uint32_t rank : owed) {
+    const Pulse& pulse = peers_[rank].pulse;
+    const bool is_due =
+        pulse.state() != PeerState::kAlive || now - pulse.looked_ns() >= kLookEveryNs;
+    lost |= is_due && look(rank) != PeerState::kAlive;
+  }
   return lost;
 }
 

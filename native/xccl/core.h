@@ -27,7 +27,7 @@ struct Peer {
 
 class Core {
  public:
-  static constexpr int64_t kLookEveryNs = 5'000'000;  // at those who owe an answer
+  static constexpr int64_t kLookEveryNs = 5'000'000;  // at each of those who owe an answer
   static constexpr int64_t kSleepNs = 20'000'000;     // longest nap: bounds a lost wake-up
   static constexpr int kSpinsPerClock = 16;
 
@@ -75,7 +75,8 @@ class Core {
 
   // Until ready() or the deadline; kPeerLost once a rank of owed() is dead or frozen. owed() is asked
   // after ready(), so a rank that answered and then left owes nothing. A ring of any peer makes it
-  // ask ready() again.
+  // ask ready() again. A wait that is not met looks at those of owed() that nobody looked at for
+  // kLookEveryNs, so that many short ones, or ones of no time, learn what a long one does.
   template <class Ready, class Owed>
   Status wait(Ready&& ready, int64_t deadline_ns, Owed&& owed);
 
@@ -86,7 +87,7 @@ class Core {
  private:
   static void ring(const Segment& segment);
   void wipe_session(uint32_t rank);
-  bool someone_lost(std::span<const uint32_t> owed);
+  bool someone_lost(std::span<const uint32_t> owed, int64_t now);
 
   std::shared_ptr<Segment> own_;
   std::vector<Peer> peers_;
@@ -137,15 +138,16 @@ Status Core::wait(Ready&& ready, int64_t deadline_ns, Owed&& owed) {
     if (ready()) return pacer_.answered_awake(), Status::kOk;
   }
   for (int64_t look_at = start + kLookEveryNs;;) {
-    if (now >= deadline_ns) return ready() ? Status::kOk : Status::kTimeout;
     beat();
-    if (now >= look_at) {
+    const bool is_over = now >= deadline_ns;
+    if (is_over || now >= look_at) {
       look_at = now + kLookEveryNs;
-      if (someone_lost(owed())) {  // what it published before is visible by now: ask again
+      if (someone_lost(owed(), now)) {  // what it published before is visible by now: ask again
         if (ready()) return Status::kOk;
-        if (someone_lost(owed())) return Status::kPeerLost;
+        if (someone_lost(owed(), now)) return Status::kPeerLost;
       }
     }
+    if (is_over) return ready() ? Status::kOk : Status::kTimeout;
     const int64_t nap_end = owed().empty() ? now + kSleepNs : std::min(now + kSleepNs, look_at);
     if (nap(ready, std::min(deadline_ns, nap_end))) {
       pacer_.answered_asleep(now_ns() - start);

@@ -30,6 +30,7 @@ class Pulse {
 
   PeerState state() const { return state_; }
   int64_t silence_ns() const { return silence_ns_; }
+  int64_t looked_ns() const { return looked_ns_; }  // when the latest look was
 
  private:
   PeerState state_ = PeerState::kAbsent;

@@ -111,7 +111,7 @@ class SendHandle:
 
     def __init__(self, port: Port, to: int, data: object, tag: int = 0) -> None: ...
     def test(self) -> bool:
-        """True when the data are in the ring and their buffer is free again."""
+        """True when the data are in the ring and their buffer is free again. Raises PeerLost."""
     def wait(self, timeout_s: float = 30.0) -> None:
         """Until `test()` would be true. Raises PeerLost, XcclTimeout."""
 
@@ -253,7 +253,10 @@ class Exchange:
     def post(self, timeout_s: float) -> None:
         """Sends what is planned; waits only while no slot is free."""
     def is_done(self) -> bool:
-        """Sends what can be sent, collects; True when every part is answered or refused."""
+        """Sends what can be sent, collects; True when every part is answered or refused.
+
+        Raises PeerLost as `wait`.
+        """
     def wait(self, timeout_s: float) -> None:
         """Until `is_done()`. Raises PeerLost (ranks dead or frozen), XcclTimeout (ranks owing)."""
     def missing(self) -> list[int]:

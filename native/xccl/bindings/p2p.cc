@@ -31,13 +31,21 @@ Status wait_for(Port& port, uint32_t rank, double timeout_s, Ready&& ready) {
   return wait_released(port, ready, timeout_s, [&] { return std::span<const uint32_t>(&rank, 1); });
 }
 
-void finish_send(Port& port, uint32_t to, double timeout_s) {
-  const Status status = wait_for(port, to, timeout_s, [&] {
+template <class Ready>
+Status ask_for(Port& port, uint32_t rank, Ready&& ready) {
+  return ask_once(port, ready, [&] { return std::span<const uint32_t>(&rank, 1); });
+}
+
+// Whether the message to a rank is in the ring, after pushing what can be pushed.
+auto push_out(Port& port, uint32_t to) {
+  return [&port, to] {
     port.p2p.push_all();
     return !port.p2p.is_sending(to);
-  });
-  if (status == Status::kOk) return;
-  raise_wait(port, status, "send to", to);
+  };
+}
+
+void finish_send(Port& port, uint32_t to, double timeout_s) {
+  raise_wait(port, wait_for(port, to, timeout_s, push_out(port, to)), "send to", to);
 }
 
 void send(Port& port, uint32_t to, nb::handle data, uint32_t tag, double timeout_s) {
@@ -72,7 +80,10 @@ class SendHandle {
 
   bool test() {
     Turn turn(port_);
-    if (is_current()) port_.p2p.push(to_);
+    if (is_current()) {
+      const Status status = ask_for(port_, to_, push_out(port_, to_));
+      if (status == Status::kPeerLost) raise_wait(port_, status, "send to", to_);
+    }
     return settle();
   }
   void wait(double timeout_s) {
@@ -115,14 +126,20 @@ void raise_recv(Port& port, Status status, uint32_t from, const RecvState& state
   raise_wait(port, status, "recv from", from);
 }
 
-Status pull_until(Port& port, uint32_t from, const Buffer& buffer, RecvState& state,
-                  double timeout_s) {
-  Status pulled = Status::kPending;
-  const Status status = wait_for(port, from, timeout_s, [&] {
+// Whether a pull has ended, with its status in `pulled`.
+auto pull_in(Port& port, uint32_t from, const Buffer& buffer, RecvState& state, Status& pulled) {
+  return [&, from] {
     port.p2p.push_all();
     pulled = port.p2p.pull(from, buffer.data(), buffer.size(), state);
     return pulled != Status::kPending;
-  });
+  };
+}
+
+Status pull_until(Port& port, uint32_t from, const Buffer& buffer, RecvState& state,
+                  double timeout_s) {
+  Status pulled = Status::kPending;
+  const Status status =
+      wait_for(port, from, timeout_s, pull_in(port, from, buffer, state, pulled));
   return status == Status::kOk ? pulled : status;
 }
 
@@ -150,15 +167,14 @@ class RecvHandle {
 
   bool test() {
     Turn turn(port_);
-    port_.p2p.push_all();
-    if (is_done_) return true;
-    check_life();
-    const Status status = port_.p2p.pull(from_, buffer_->data(), buffer_->size(), state_);
-    if (status != Status::kPending) {
-      settle(status);
-    } else if (port_.core.is_gone(from_)) {
-      raise_wait(port_, Status::kPeerLost, "recv from", from_);
+    if (is_done_) {
+      port_.p2p.push_all();
+      return true;
     }
+    check_life();
+    Status pulled = Status::kPending;
+    const Status status = ask_for(port_, from_, pull_in(port_, from_, *buffer_, state_, pulled));
+    if (status != Status::kTimeout) settle(status == Status::kOk ? pulled : status);
     return is_done_;
   }
   std::tuple<uint64_t, uint32_t> wait(double timeout_s) {

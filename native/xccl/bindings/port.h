@@ -116,6 +116,12 @@ Status wait_released(Port& port, Ready&& ready, double timeout_s, Owed&& owed) {
   }
 }
 
+// One look instead of a wait: kTimeout when it is not ready. Keeps the GIL.
+template <class Ready, class Owed>
+Status ask_once(Port& port, Ready&& ready, Owed&& owed) {
+  return port.core.wait(ready, 0, owed);
+}
+
 // Those of `ranks` that are not alive.
 Ranks lost_among(Port& port, std::span<const uint32_t> ranks);
 

@@ -84,9 +84,15 @@ class PyExchange {
     post_planned(timeout_s);
   }
 
+  // `wait` without waiting: false instead of a timeout.
   bool is_done() {
     Turn turn(port_);
-    return advance(get());
+    Exchange& exchange = get();
+    const Status status = ask_once(
+        port_, [&] { return has_ended(exchange); }, [&] { return exchange.owing(); });
+    if (status == Status::kTimeout) return false;
+    end_wait(status);
+    return true;
   }
 
   void wait(double timeout_s) {
@@ -198,14 +204,16 @@ class PyExchange {
 
   void wait_answered(double timeout_s) {
     Exchange& exchange = get();
-    const auto ready = [&] {
-      port_.p2p.push_all();
-      return advance(exchange) || exchange.has_lost();
-    };
-    const Status status =
-        wait_released(port_, ready, timeout_s, [&] { return exchange.owing(); });
-    if (status != Status::kOk && !advance(exchange)) raise_wait(status);
-    if (exchange.has_lost()) raise_lost("wait for answers", lost_ranks());
+    end_wait(wait_released(
+        port_, [&] { return has_ended(exchange); }, timeout_s, [&] { return exchange.owing(); }));
+  }
+  bool has_ended(Exchange& exchange) {
+    port_.p2p.push_all();
+    return advance(exchange) || exchange.has_lost();
+  }
+  void end_wait(Status status) {
+    if (status != Status::kOk && !advance(get())) raise_wait(status);
+    if (get().has_lost()) raise_lost("wait for answers", lost_ranks());
   }
 
   void add_up(nb::handle topk_weights, nb::handle out_array) {

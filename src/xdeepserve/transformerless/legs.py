@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from xdeepserve.errors import PeerLost
 from xdeepserve.ops import F32, I32
 from xdeepserve.transformerless.route_keeper import Route
 from xdeepserve.transformerless.routing import NOBODY
@@ -32,6 +33,14 @@ class Leg(Protocol):
     def move(self, ranks: Sequence[int], route: Route, tag: Tag) -> bool:
         """Plan anew what `ranks` owe; False when `route` has nobody to take it."""
         ...
+
+
+def is_answered(leg: Leg) -> bool:
+    """Whether all answers are there. A lost rank is left to the wait, which moves its share."""
+    try:
+        return leg.exchange.is_done()
+    except PeerLost:
+        return False
 
 
 class FfnLeg:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xdeepserve.models.units import ExpertUnit
 from xdeepserve.ops import F32, I32
-from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg
+from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, is_answered
 from xdeepserve.transformerless.moe_transport import StepTag
 from xdeepserve.transformerless.own_experts import OwnExperts
 
@@ -48,7 +48,7 @@ class XcclHandle:
 
     def is_answered(self) -> bool:
         """Whether what was asked of others is there."""
-        return all(leg.exchange.is_done() for leg in (self.ffn, self.experts) if leg is not None)
+        return all(is_answered(leg) for leg in (self.ffn, self.experts) if leg is not None)
 
     def give_up_ffn(self) -> None:
         """Forget the FFN leg."""

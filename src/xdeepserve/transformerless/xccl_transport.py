@@ -23,7 +23,7 @@ from xdeepserve.errors import PeerLost, XcclError, XcclTimeout
 from xdeepserve.ops import F32, I32
 from xdeepserve.transformerless.exchange_limit import DEFAULT_LIMIT, ExchangeLimit
 from xdeepserve.transformerless.expert_share import ExpertShare
-from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, Leg
+from xdeepserve.transformerless.legs import ExpertLeg, FfnLeg, Leg, is_answered
 from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag, use_up
 from xdeepserve.transformerless.own_experts import OwnExperts
 from xdeepserve.transformerless.partition import Partition
@@ -180,7 +180,7 @@ class XcclTransport:
     def _learn(self, handle: XcclHandle) -> None:
         """Whether the experts of others were slower than what was done here meanwhile."""
         if self._share is not None and handle.experts is not None:
-            was_ready = handle.experts.exchange.is_done()
+            was_ready = is_answered(handle.experts)
             self._share.learn(len(handle.hidden_states), was_ready=was_ready)
 
     def _settle(self, handle: XcclHandle) -> None:

@@ -209,8 +209,7 @@ class Port(_xccl.Port):
         """Expects a message into `out` and returns; `test()` or `wait()` take it.
 
         One at a time from a rank: messages have an order. A handle that is dropped before its
-        message has begun to arrive takes nothing. `test()` knows of the sender's death only what
-        a wait or `status_of` has found.
+        message has begun to arrive takes nothing.
         """
         return _xccl.RecvHandle(self, from_rank, out)
 

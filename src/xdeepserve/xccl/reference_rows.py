@@ -251,6 +251,17 @@ class ReferenceExchange:
 
     def is_done(self) -> bool:
         """As Exchange.is_done."""
+        if self._advance():
+            return True
+        for part in self._parts:
+            if part.state in _OWING and not self._port.run.ports[part.rank].is_alive:
+                self._give_up(part, PartState.LOST)
+        lost = tuple(dict.fromkeys(p.rank for p in self._parts if p.state is PartState.LOST))
+        if lost:
+            raise PeerLost(f"ranks {lost} are gone", lost)
+        return False
+
+    def _advance(self) -> bool:
         self._post()
         for part in self._parts:
             if part.state in (PartState.WAITING, PartState.ANSWERED):
@@ -268,18 +279,9 @@ class ReferenceExchange:
 
     def wait(self, timeout_s: float = 0.0) -> None:
         """As Exchange.wait."""
-        if self.is_done():
-            return
-        lost = tuple(dict.fromkeys(p.rank for p in self._parts if p.state is PartState.LOST))
-        if lost:
-            raise PeerLost(f"ranks {lost} are gone", lost)
-        ranks = self._owing()
-        ports = self._port.run.ports
-        for part in self._parts:
-            if part.state in _OWING and not ports[part.rank].is_alive:
-                self._give_up(part, PartState.LOST)
-        check_alive(ports, ranks)
-        raise XcclTimeout(f"ranks {ranks} have not answered", ranks)
+        if not self.is_done():
+            ranks = self._owing()
+            raise XcclTimeout(f"ranks {ranks} have not answered", ranks)
 
     def _owing(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(p.rank for p in self._parts if p.state in _OWING))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from tests.multiproc.xccl.processes import Process, Run
 from tests.multiproc.xccl.workers import SIZES, STOP, WAIT_S, message
 from xdeepserve.errors import PeerLost
-from xdeepserve.xccl import PeerState, Port, Tag, leftovers, list_segments
+from xdeepserve.xccl import Exchange, PeerState, Port, Tag, leftovers, list_segments
 
 KILLED = -9
 ROWS = np.arange(15, dtype=np.float32).reshape(3, 5)
@@ -60,6 +61,25 @@ def ask_for_ever(port: Port, *, pause_s: float) -> None:
     for step_idx in itertools.count():
         ask(port, 1, step_idx)
         time.sleep(pause_s)  # lets the server fall asleep
+
+
+def test_killed_while_its_peer_only_asks(run: Run) -> None:
+    port = run.port(0)
+    server = run.start("idle", rank=1)
+    port.wait_linked([1], WAIT_S)
+    with port.exchange(ROWS) as exchange:
+        exchange.add(1, tag=Tag(1, 0, 0, 0))
+        assert not exchange.is_done()
+        server.signal(signal.SIGKILL)
+        with pytest.raises(PeerLost) as caught:
+            ask_until_done(exchange)
+    assert caught.value.ranks == (1,)
+
+
+def ask_until_done(exchange: Exchange) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not exchange.is_done():
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("point", ["post_copied", "post_published", "reply_seen"])
