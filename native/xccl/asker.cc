@@ -63,7 +63,7 @@ Status Asker::post(uint32_t to, const RowSource& source, const Request& request,
 
 Status Asker::reply(uint32_t from, uint64_t seq, const ReplyHeader*& out) const {
   const ReplyHeader& header = core_.peer(from).segment->reply(core_.rank(), seq);
-  if (load_acquire(header.seq) != seq || !core_.is_linked(from)) return Status::kPending;
+  if (!core_.is_linked(from) || load_acquire(header.seq) != seq) return Status::kPending;
   fault_point(FaultPoint::kReplySeen);
   out = &header;
   if (header.target_incarnation != core_.incarnation() || !is_row_type(header.row_type)) {

@@ -48,7 +48,8 @@ class Core {
     return rank < peers_.size() && peers_[rank].segment != nullptr;
   }
   Peer& peer(uint32_t rank) { return peers_[rank]; }
-  // The peer's side of the link names this life of ours, so its words mean us.
+  // The peer's side of the link names this life of ours, so its words mean us: those that are loaded
+  // after it. What was loaded before may be of its session with our former life.
   bool is_linked(uint32_t rank) const {
     return load_acquire(peers_[rank].segment->link(this->rank()).peer_incarnation) ==
            incarnation();

@@ -104,7 +104,7 @@ Status P2p::is_drained(uint32_t to) {
 const ChunkMeta* P2p::next_chunk(uint32_t from) const {
   const uint64_t event = received_[from] + 1;
   const ChunkMeta& meta = core_.peer(from).segment->chunk(core_.rank(), event);
-  if (load_acquire(meta.event) != event || !core_.is_linked(from)) return nullptr;
+  if (!core_.is_linked(from) || load_acquire(meta.event) != event) return nullptr;
   return &meta;
 }
 

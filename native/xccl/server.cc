@@ -22,7 +22,7 @@ const RequestHeader* Server::next(uint32_t rank) const {
   if (!core_.is_attached(rank)) return nullptr;
   const uint64_t seq = taken_[rank] + 1;
   const RequestHeader& header = core_.peer(rank).segment->request(core_.rank(), seq);
-  if (load_acquire(header.seq) != seq || !core_.is_linked(rank)) return nullptr;
+  if (!core_.is_linked(rank) || load_acquire(header.seq) != seq) return nullptr;
   return &header;
 }
 
