@@ -54,7 +54,6 @@ Status Exchange::post() {
       continue;
     }
     const Status status = post_part(part);
-    if (status == Status::kPending) blocking_rank_ = part.rank;
     if (status != Status::kOk && result != Status::kTooLarge) result = status;
   }
   return result;
@@ -82,14 +81,24 @@ bool Exchange::collect() {
   return complete;
 }
 
-std::span<const uint32_t> Exchange::owing() {
+template <class Owes>
+std::span<const uint32_t> Exchange::ranks_of(Owes&& owes) {
   owing_.clear();
   for (const Part& part : parts_) {
-    const bool owes = part.state == PartState::kWaiting || part.state == PartState::kPlanned;
     const bool is_new = std::find(owing_.begin(), owing_.end(), part.rank) == owing_.end();
-    if (owes && is_new) owing_.push_back(part.rank);
+    if (is_new && owes(part.state)) owing_.push_back(part.rank);
   }
   return owing_;
+}
+
+std::span<const uint32_t> Exchange::owing() {
+  return ranks_of([](PartState state) {
+    return state == PartState::kWaiting || state == PartState::kPlanned;
+  });
+}
+
+std::span<const uint32_t> Exchange::blocking() {
+  return ranks_of([](PartState state) { return state == PartState::kPlanned; });
 }
 
 bool Exchange::has_lost() const {

@@ -65,9 +65,9 @@ class Exchange {
   // Sends whole parts without pairs that are on `from` to `to` instead.
   bool resend(uint32_t from, uint32_t to, const Tag& tag);
 
-  // Posts planned parts; kPending when a slot is not free (`blocking_rank` owes its answer).
+  // Posts planned parts; kPending when a slot is not free (`blocking` owe the answers that free them).
   Status post();
-  uint32_t blocking_rank() const { return blocking_rank_; }
+  std::span<const uint32_t> blocking();  // ranks of parts that are planned still
   // Collects what has arrived; true when every part is answered, refused or moved.
   bool collect();
   // Ranks whose answer is outstanding, and those among them that are lost for good.
@@ -95,6 +95,8 @@ class Exchange {
   void plan_part(uint32_t rank, uint32_t first_pair, uint32_t num_pairs, const Tag& tag,
                  uint16_t kind);
   Status post_part(Part& part);
+  template <class Owes>
+  std::span<const uint32_t> ranks_of(Owes&& owes);
   void give_up(Part& part, PartState state);
   uint32_t row_of(int32_t slot) const {
     return pairs_.rows ? static_cast<uint32_t>(pairs_.rows[slot])
@@ -122,7 +124,6 @@ class Exchange {
   std::vector<int32_t> slots_, local_row_;  // scratch
   std::vector<uint32_t> owing_, expert_count_, expert_next_, starts_, cursor_;
   mutable std::vector<RowView> slot_row_;  // scratch of gather and combine
-  uint32_t blocking_rank_ = 0;
 };
 
 }  // namespace xds::xccl

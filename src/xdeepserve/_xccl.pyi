@@ -207,8 +207,11 @@ class Port:
     def wait_any(
         self, exchanges: Sequence[Exchange], timeout_s: float, or_requests: bool = False
     ) -> bool:
-        """Until an exchange is done or has lost a rank, or requests are there; False: deadline,
-        a `ring_self`-driven caller should look again, or a rank that owes is dead or frozen."""
+        """Until an exchange's `is_done()` is true or raises, or requests are there.
+
+        False: the deadline, a `ring_self`-driven caller should look again, or a rank that owes is
+        dead or frozen.
+        """
     def num_open_slots(self, rank: int) -> int: ...
 
 class Exchange:
@@ -251,14 +254,18 @@ class Exchange:
     def resend(self, from_rank: int, to: int, tag: _Tag) -> bool:
         """Sends the unanswered, unrouted parts of a rank to another one."""
     def post(self, timeout_s: float) -> None:
-        """Sends what is planned; waits only while no slot is free."""
+        """Sends what is planned; waits only while no slot is free. Raises as `wait`."""
     def is_done(self) -> bool:
         """Sends what can be sent, collects; True when every part is answered or refused.
 
-        Raises PeerLost as `wait`.
+        Raises PeerLost and ValueError as `wait`.
         """
     def wait(self, timeout_s: float) -> None:
-        """Until `is_done()`. Raises PeerLost (ranks dead or frozen), XcclTimeout (ranks owing)."""
+        """Until `is_done()`, after sending what is planned.
+
+        Raises PeerLost (ranks dead or frozen), XcclTimeout (ranks owing), ValueError (a request
+        exceeds request_bytes).
+        """
     def missing(self) -> list[int]:
         """Ranks that have not answered."""
     def part_states(self) -> list[tuple[int, int, int]]: ...

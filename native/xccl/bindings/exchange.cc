@@ -7,7 +7,7 @@ using namespace nb::literals;
 
 namespace {
 
-// True when one of the exchanges is done or has lost a rank, or requests have arrived; false at the
+// True when one of the exchanges has ended (see PyExchange), or requests have arrived; false at the
 // deadline, or when a rank that owes an answer is dead or frozen (ask each exchange).
 bool wait_any(Port& port, const std::vector<PyExchange*>& exchanges, double timeout_s,
               bool or_requests) {
@@ -16,7 +16,7 @@ bool wait_any(Port& port, const std::vector<PyExchange*>& exchanges, double time
   const auto ready = [&] {
     port.p2p.push_all();
     bool news = or_requests && port.server.has_arrivals();
-    for (PyExchange* exchange : exchanges) news |= exchange->advance_or_lost();
+    for (PyExchange* exchange : exchanges) news |= exchange->advance_or_end();
     return news;
   };
   const auto owing = [&] {

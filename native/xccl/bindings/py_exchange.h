@@ -101,7 +101,7 @@ class PyExchange {
   }
 
   // For waits over several exchanges.
-  bool advance_or_lost() { return advance(get()) || get().has_lost(); }
+  bool advance_or_end() { return has_ended(get()); }
   std::span<const uint32_t> owing() { return get().owing(); }
 
   Ranks missing() {
@@ -187,19 +187,18 @@ class PyExchange {
 
   void post_planned(double timeout_s) {
     Exchange& exchange = get();
-    Status posted = Status::kPending;
     const auto ready = [&] {
       port_.p2p.push_all();
-      posted = exchange.post();
-      return posted != Status::kPending;
+      posted_ = exchange.post();
+      return posted_ != Status::kPending || exchange.has_lost();
     };
     if (!ready()) {
-      const uint32_t rank = exchange.blocking_rank();
-      const Status status = wait_released(
-          port_, ready, timeout_s, [&rank] { return std::span<const uint32_t>(&rank, 1); });
+      const Status status =
+          wait_released(port_, ready, timeout_s, [&] { return exchange.blocking(); });
       if (status != Status::kOk) raise_wait(status);
     }
-    raise_post(posted);
+    if (posted_ == Status::kPending) raise_lost("wait for a slot", lost_ranks());
+    raise_post(posted_);
   }
 
   void wait_answered(double timeout_s) {
@@ -207,12 +206,15 @@ class PyExchange {
     end_wait(wait_released(
         port_, [&] { return has_ended(exchange); }, timeout_s, [&] { return exchange.owing(); }));
   }
+  // There is nothing to wait for: all is answered, a rank is lost, or a part cannot be sent.
   bool has_ended(Exchange& exchange) {
     port_.p2p.push_all();
-    return advance(exchange) || exchange.has_lost();
+    return advance(exchange) || exchange.has_lost() || !can_post();
   }
+  bool can_post() const { return posted_ == Status::kOk || posted_ == Status::kPending; }
   void end_wait(Status status) {
     if (status != Status::kOk && !advance(get())) raise_wait(status);
+    if (!can_post()) raise_post(posted_);
     if (get().has_lost()) raise_lost("wait for answers", lost_ranks());
   }
 
@@ -255,7 +257,7 @@ class PyExchange {
     }
   }
   bool advance(Exchange& exchange) {
-    exchange.post();
+    posted_ = exchange.post();
     return exchange.collect();
   }
   Ranks lost_ranks() {
@@ -306,6 +308,7 @@ class PyExchange {
   Port& port_;
   ArrayView rows_, scales_, experts_, pair_rows_;
   std::unique_ptr<Exchange> exchange_;
+  Status posted_ = Status::kOk;  // of what was planned, when it was last tried
 };
 
 }  // namespace xds::xccl

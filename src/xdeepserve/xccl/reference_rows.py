@@ -225,14 +225,12 @@ class ReferenceExchange:
         """As Exchange.post."""
         blocked = self._post()
         if blocked:
-            check_alive(self._port.run.ports, blocked)
-            raise XcclTimeout(f"no slot to {blocked}", self._owing())
+            self._check_lost()
+            raise XcclTimeout(f"no slot to {blocked}", self._ranks(*_OWING))
 
     def _post(self) -> list[int]:
         blocked = []
-        for part in self._parts:
-            if part.state is not PartState.PLANNED:
-                continue
+        for part in [p for p in self._parts if p.state is PartState.PLANNED]:
             life = self._port.run.ports.get(part.rank)
             if life is None or not life.is_alive:
                 part.state = PartState.LOST
@@ -256,10 +254,12 @@ class ReferenceExchange:
         for part in self._parts:
             if part.state in _OWING and not self._port.run.ports[part.rank].is_alive:
                 self._give_up(part, PartState.LOST)
-        lost = tuple(dict.fromkeys(p.rank for p in self._parts if p.state is PartState.LOST))
-        if lost:
-            raise PeerLost(f"ranks {lost} are gone", lost)
+        self._check_lost()
         return False
+
+    def _check_lost(self) -> None:
+        if lost := self._ranks(PartState.LOST):
+            raise PeerLost(f"ranks {lost} are gone", lost)
 
     def _advance(self) -> bool:
         self._post()
@@ -280,11 +280,11 @@ class ReferenceExchange:
     def wait(self, timeout_s: float = 0.0) -> None:
         """As Exchange.wait."""
         if not self.is_done():
-            ranks = self._owing()
+            ranks = self._ranks(*_OWING)
             raise XcclTimeout(f"ranks {ranks} have not answered", ranks)
 
-    def _owing(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(p.rank for p in self._parts if p.state in _OWING))
+    def _ranks(self, *states: PartState) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(p.rank for p in self._parts if p.state in states))
 
     @property
     def parts(self) -> list[Part]:

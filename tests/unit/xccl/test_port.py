@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from tests.unit.xccl.ports import SOON_S, TAG, Ranks, native_ranks, rows_of
 from xdeepserve.errors import IntegrityError, XcclError
 from xdeepserve.ops.quant import quantize_int8, round_bf16, to_bf16
-from xdeepserve.xccl import Layout, PartState, PeerState, Port, TraceKind
+from xdeepserve.xccl import Exchange, Layout, PartState, PeerState, Port, TraceKind
 from xdeepserve.xccl.reference_rows import quantize_rows
 
 WIDE = Layout(max_ranks=2, request_bytes=64 << 10, reply_bytes=64 << 10)
@@ -191,13 +191,25 @@ def test_open_slots_and_requests_are_no_idle_port(pair: list[Port]) -> None:
         port.check_integrity()
 
 
-def test_rows_that_do_not_fit_are_refused_with_the_limit(pair: list[Port]) -> None:
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda exchange: exchange.post(SOON_S),
+        lambda exchange: exchange.wait(SOON_S),
+        lambda exchange: exchange.is_done(),
+    ],
+    ids=["post", "wait", "is_done"],
+)
+def test_rows_that_do_not_fit_are_refused_with_the_limit(
+    pair: list[Port], send: Callable[[Exchange], object]
+) -> None:
     a, b = pair
     big = np.zeros((200, 100), np.float32)
     exchange = a.exchange(big)
     exchange.add(1, tag=TAG)
     with pytest.raises(ValueError, match="request_bytes=65536"):
-        exchange.post(SOON_S)
+        send(exchange)
+    assert a.wait_any([exchange], SOON_S), "there is nothing to wait for"
     exchange.release()
     with a.exchange(rows_of(1, 4)) as small:
         small.add(1, tag=TAG)

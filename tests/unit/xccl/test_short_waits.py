@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from tests.unit.xccl.ports import SMALL, TAG, Ranks, native_ranks, rows_of, serve
+from tests.unit.xccl.ports import SMALL, SOON_S, TAG, Ranks, native_ranks, rows_of, serve
 from xdeepserve.errors import PeerLost, XcclTimeout
 from xdeepserve.xccl import FORWARD, Exchange, Port, Trampoline
 from xdeepserve.xccl.trampoline import LOST_DETAIL
@@ -154,3 +154,23 @@ def test_a_trampoline_under_load_notices_that_an_owner_ended(native: Ranks) -> N
         more.post(LIMIT_S)
         forwarding.owner.close()
         forwarding.until_refused(exchange)
+
+
+def test_every_rank_that_blocks_a_post_is_looked_at(native: Ranks) -> None:
+    """Ranks 1 and 2 have no free slot; it is not the last of them that ends."""
+    a, one, _ = native.join(0, 1, 2)
+    rows = rows_of(1, 4)
+    filled = [a.exchange(rows) for _ in range(SMALL.row_slots)]
+    for exchange in filled:
+        exchange.add(1, tag=TAG)
+        exchange.add(2, tag=TAG)
+        exchange.post(SOON_S)
+    with a.exchange(rows) as blocked:
+        for rank in (1, 2):
+            blocked.add(rank, tag=TAG)
+        one.close()
+        with pytest.raises(PeerLost) as caught:
+            blocked.post(1.0)
+    assert caught.value.ranks == (1,)
+    for exchange in filled:
+        exchange.release()
