@@ -58,7 +58,7 @@ struct SegmentHeader {
   uint32_t rank;
   int32_t pid;
   uint64_t pid_start;    // clock ticks since boot: tells a process from a later one with its pid
-  uint64_t incarnation;  // microseconds of creation: grows with each life of a rank, never 0
+  uint64_t incarnation;  // microseconds since boot: grows with each life of a rank, never 0
   LayoutParams params;
   char run_id[kNameBytes];
   char name[kNameBytes];

@@ -68,11 +68,10 @@ void check_room(uint64_t bytes) {
                      "or max_ranks");
 }
 
+// By the clock that is never set: /dev/shm does not outlive it, and all ranks of a host share it.
 uint64_t next_incarnation() {
-  timespec t;
-  clock_gettime(CLOCK_REALTIME, &t);
   static std::atomic<uint64_t> last{0};
-  const uint64_t now = static_cast<uint64_t>(t.tv_sec) * 1'000'000 + t.tv_nsec / 1000;
+  const auto now = static_cast<uint64_t>(now_ns() / 1000);
   uint64_t previous = last.load();
   while (!last.compare_exchange_weak(previous, std::max(now, previous + 1))) {
   }

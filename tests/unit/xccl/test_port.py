@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -275,6 +276,14 @@ def test_status_of_peers(native: Ranks) -> None:
     assert a.status_of(1).state is PeerState.DEAD
     (again,) = native.join(1)
     assert a.status_of(1).incarnation == again.incarnation > b.incarnation
+
+
+def test_lives_are_numbered_by_the_clock_that_is_never_set(run_id: str) -> None:
+    """By the time of day, a life after a step back would look older than the one it replaces."""
+    for _ in range(2):
+        before = time.monotonic_ns() // 1000
+        with Port(run_id, "r0", 0, layout=WIDE) as port:
+            assert before <= port.incarnation <= time.monotonic_ns() // 1000
 
 
 def test_timeouts_are_numbers(native: Ranks) -> None:
