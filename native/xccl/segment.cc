@@ -226,15 +226,4 @@ void Segment::close() {
   store_release(at<SegmentHeader>(0)->state, static_cast<uint32_t>(SegmentState::kClosed));
 }
 
-void Segment::prefault(uint64_t offset, uint64_t size) {
-#ifdef MADV_POPULATE_WRITE
-  if (is_owner_ && fits(offset, size, layout_.total_bytes)) {
-    madvise(base_ + offset / kPage * kPage, size + offset % kPage, MADV_POPULATE_WRITE);
-  }
-#else
-  (void)offset;
-  (void)size;
-#endif
-}
-
 }  // namespace xds::xccl

@@ -38,8 +38,7 @@ class Segment {
 
   // Removes the name if it still is this segment's; true when it did. Idempotent.
   bool unlink();
-  void close();                                   // owner: tells peers that this life has ended
-  void prefault(uint64_t offset, uint64_t size);  // owner: makes pages present, best effort
+  void close();  // owner: tells peers that this life has ended
 
   const SegmentHeader& header() const { return *at<SegmentHeader>(0); }
   SegmentState state() const { return static_cast<SegmentState>(load_acquire(header().state)); }

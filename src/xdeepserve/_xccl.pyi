@@ -161,10 +161,7 @@ class Port:
         """Both sides have attached each other's present life."""
     def peer_status(self, rank: int) -> tuple[int, int, int, float]: ...
     def peer_incarnation(self, rank: int) -> int: ...
-    def peer_bytes(self, rank: int) -> _Array: ...
     def own_bytes(self) -> _Array: ...
-    def prefault(self, rank: int) -> None:
-        """Makes this rank's slots for a peer present, so that no first message faults."""
     def open_trace(self, capacity: int) -> None:
         """Keeps the last `capacity` transfers; 0 stops."""
     def take_trace(self) -> list[tuple[int, int, int, int, int, int, int, int, int]]: ...
@@ -266,8 +263,6 @@ class Exchange:
         Raises PeerLost (ranks dead or frozen), XcclTimeout (ranks owing), ValueError (a request
         exceeds request_bytes).
         """
-    def missing(self) -> list[int]:
-        """Ranks that have not answered."""
     def part_states(self) -> list[tuple[int, int, int]]: ...
     def reply_views(self) -> list[tuple[int, list[int], _Array, _F32 | None]]:
         """(rank, slots, rows, scales) of each answer so far; views in place."""

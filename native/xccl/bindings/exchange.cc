@@ -51,7 +51,6 @@ void bind_exchange(nb::module_& m, nb::class_<Port>& port) {
       .def("post", &PyExchange::post, "timeout_s"_a)
       .def("is_done", &PyExchange::is_done)
       .def("wait", &PyExchange::wait, "timeout_s"_a)
-      .def("missing", &PyExchange::missing)
       .def("part_states", &PyExchange::part_states)
       .def("reply_views", &PyExchange::reply_views)
       .def("gather", &PyExchange::gather, "out"_a)

@@ -9,7 +9,6 @@ using namespace nb::literals;
 namespace {
 
 using ByteView = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
-using ConstByteView = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
 
 template <class Call>
 auto checked(Call&& call) {
@@ -46,12 +45,6 @@ void attach(Port& port, const nb::bytes& blob) {
   checked([&] { port.attach(Segment::open(to_array(blob))); });
 }
 
-ConstByteView peer_bytes(Port& port, uint32_t rank) {
-  if (!port.core.is_attached(rank)) raise_status(Status::kBadRank, "segment of a rank");
-  const auto& segment = port.core.peer(rank).segment;
-  return ConstByteView(segment->base(), {segment->size()}, port.keeper(rank));
-}
-
 ByteView own_bytes(Port& port) {
   const auto& segment = port.core.own_segment();
   return ByteView(segment->base(), {segment->size()}, port.own_keeper());
@@ -68,7 +61,6 @@ std::tuple<uint32_t, int32_t, uint64_t, double> peer_status(Port& port, uint32_t
           static_cast<double>(peer.pulse.silence_ns()) * 1e-9};
 }
 
-
 nb::list take_trace(Port& port) {
   Turn turn(port);
   nb::list records;
@@ -78,18 +70,6 @@ nb::list take_trace(Port& port) {
                                   r.done_ns));
   }
   return records;
-}
-
-void prefault(Port& port, uint32_t rank) {
-  Turn turn(port);
-  if (rank >= port.core.params().max_ranks) raise_status(Status::kBadRank, "prefault");
-  Segment& own = port.core.own();
-  const LayoutParams& p = own.layout().params;
-  nb::gil_scoped_release release;
-  own.prefault(own.layout().p2p_data + uint64_t{rank} * p.p2p_slots * p.p2p_slot_bytes,
-               uint64_t{p.p2p_slots} * p.p2p_slot_bytes);
-  own.prefault(own.request_offset(rank, 0), uint64_t{p.row_slots} * p.request_bytes);
-  own.prefault(own.reply_offset(rank, 0), uint64_t{p.row_slots} * p.reply_bytes);
 }
 
 void arm_fault(const std::string& name, uint32_t countdown) {
@@ -168,9 +148,7 @@ NB_MODULE(_xccl, m) {
              return p.core.is_attached(rank) ? p.core.peer(rank).incarnation : 0;
            },
            "rank"_a)
-      .def("peer_bytes", &peer_bytes, "rank"_a)
       .def("own_bytes", &own_bytes)
-      .def("prefault", &prefault, "rank"_a)
       .def("open_trace", [](Port& p, uint64_t capacity) { p.trace.open(capacity); }, "capacity"_a)
       .def("take_trace", &take_trace)
       .def_prop_ro("rank", [](Port& p) { return p.core.rank(); })

@@ -104,15 +104,6 @@ class PyExchange {
   bool advance_or_end() { return has_ended(get()); }
   std::span<const uint32_t> owing() { return get().owing(); }
 
-  Ranks missing() {
-    Turn turn(port_);
-    advance(get());
-    const auto owing = get().owing();
-    Ranks ranks(owing.begin(), owing.end());
-    for (const uint32_t rank : lost_ranks()) ranks.push_back(rank);
-    return ranks;
-  }
-
   std::vector<std::tuple<uint32_t, uint32_t, uint32_t>> part_states() {
     std::vector<std::tuple<uint32_t, uint32_t, uint32_t>> states;
     for (const Part& part : get().parts()) {
