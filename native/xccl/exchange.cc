@@ -101,6 +101,12 @@ std::span<const uint32_t> Exchange::blocking() {
   return ranks_of([](PartState state) { return state == PartState::kPlanned; });
 }
 
+uint64_t Exchange::planned_bytes() const {
+  uint64_t num_rows = 0;
+  for (const Part& part : parts_) num_rows += part.state == PartState::kPlanned ? part.num_rows : 0;
+  return num_rows * source_.width * item_bytes(source_.type);
+}
+
 bool Exchange::has_lost() const {
   return std::any_of(parts_.begin(), parts_.end(),
                      [](const Part& part) { return part.state == PartState::kLost; });

@@ -68,6 +68,7 @@ class Exchange {
   // Posts planned parts; kPending when a slot is not free (`blocking` owe the answers that free them).
   Status post();
   std::span<const uint32_t> blocking();  // ranks of parts that are planned still
+  uint64_t planned_bytes() const;        // of their rows
   // Collects what has arrived; true when every part is answered, refused or moved.
   bool collect();
   // Ranks whose answer is outstanding, and those among them that are lost for good.

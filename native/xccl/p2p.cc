@@ -77,7 +77,7 @@ Status P2p::push(uint32_t to) {
   SendState& send = sends_[to];
   if (!send.is_active) return Status::kOk;
   while (send.chunk_idx < send.num_chunks) {
-    if (credits_used(to) >= core_.params().p2p_slots) return Status::kPending;
+    if (credits_left(to) == 0) return Status::kPending;
     publish_chunk(to, send);
   }
   abandon_send(to);
@@ -93,6 +93,21 @@ void P2p::push_all() {
   for (uint32_t rank = 0; rank < sends_.size(); ++rank) {
     if (sends_[rank].is_active) push(rank);
   }
+}
+
+uint64_t P2p::pushable_bytes() const {
+  uint64_t bytes = 0;
+  for (uint32_t rank = 0; rank < sends_.size() && num_active_ > 0; ++rank) {
+    const SendState& send = sends_[rank];
+    if (!send.is_active) continue;
+    bytes += std::min(send.total - send.done, credits_left(rank) * core_.params().p2p_slot_bytes);
+  }
+  return bytes;
+}
+
+uint64_t P2p::pullable_bytes(uint32_t from) const {
+  const ChunkMeta* meta = next_chunk(from);
+  return meta == nullptr ? 0 : meta->total_bytes;
 }
 
 Status P2p::is_drained(uint32_t to) {

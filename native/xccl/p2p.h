@@ -82,6 +82,10 @@ class P2p {
   // then receive cannot block each other.
   void push_all();
 
+  // What push_all and pull would copy now, at most.
+  uint64_t pushable_bytes() const;
+  uint64_t pullable_bytes(uint32_t from) const;
+
   // kPending: nothing there. kTooLarge: the message exceeds `capacity`; it stays, `state.total` says.
   Status pull(uint32_t from, uint8_t* out, uint64_t capacity, RecvState& state);
   // Lends the next chunk; kBusy while one is lent.
@@ -93,6 +97,7 @@ class P2p {
 
  private:
   uint64_t credits_used(uint32_t to) const;
+  uint64_t credits_left(uint32_t to) const { return core_.params().p2p_slots - credits_used(to); }
   const ChunkMeta* next_chunk(uint32_t from) const;
   Status check(const ChunkMeta& meta, const RecvState& state) const;
   void acknowledge(uint32_t from);

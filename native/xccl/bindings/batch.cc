@@ -109,9 +109,7 @@ std::vector<PyBatch> poll(nb::handle_t<Port> self, double timeout_s, uint32_t ma
     while (arrived.size() < max_requests && port.server.take(incoming)) arrived.push_back(incoming);
     return !arrived.empty();
   };
-  if (timeout_s == 0.0 || take()) {
-    if (arrived.empty()) take();
-  } else {
+  if (!is_ready_now(port, take) && timeout_s != 0.0) {
     wait_released(port, take, timeout_s, [] { return std::span<const uint32_t>(); });
   }
   return batches_of(self, arrived);

@@ -34,7 +34,7 @@ class PyEpGroup {
       port_.p2p.push_all();
       return gathering_.take(tag);
     };
-    if (!is_complete()) {
+    if (!is_ready_now(port_, is_complete)) {
       const Status status =
           wait_released(port_, is_complete, timeout_s, [&] { return gathering_.missing(tag); });
       if (status != Status::kOk) raise_missing(status, tag);

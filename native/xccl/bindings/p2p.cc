@@ -32,8 +32,8 @@ Status wait_for(Port& port, uint32_t rank, double timeout_s, Ready&& ready) {
 }
 
 template <class Ready>
-Status ask_for(Port& port, uint32_t rank, Ready&& ready) {
-  return ask_once(port, ready, [&] { return std::span<const uint32_t>(&rank, 1); });
+Status ask_for(Port& port, uint32_t rank, Ready&& ready, uint64_t bytes = 0) {
+  return ask_once(port, ready, [&] { return std::span<const uint32_t>(&rank, 1); }, bytes);
 }
 
 // Whether the message to a rank is in the ring, after pushing what can be pushed.
@@ -72,6 +72,7 @@ class SendHandle {
                  rank_text("send to", to));
     incarnation_ = port_.core.peer(to).incarnation;
     serial_ = port_.p2p.serial(to);
+    const LongCopy copy(port_.p2p.pushable_bytes());
     port_.p2p.push(to);
   }
   ~SendHandle() {
@@ -173,7 +174,8 @@ class RecvHandle {
     }
     check_life();
     Status pulled = Status::kPending;
-    const Status status = ask_for(port_, from_, pull_in(port_, from_, *buffer_, state_, pulled));
+    const Status status = ask_for(port_, from_, pull_in(port_, from_, *buffer_, state_, pulled),
+                                  port_.p2p.pullable_bytes(from_));
     if (status != Status::kTimeout) settle(status == Status::kOk ? pulled : status);
     return is_done_;
   }

@@ -116,9 +116,31 @@ Status wait_released(Port& port, Ready&& ready, double timeout_s, Owed&& owed) {
   }
 }
 
-// One look instead of a wait: kTimeout when it is not ready. Keeps the GIL.
+// Lets other Python threads run while many bytes are copied. To give the GIL away and to get it back
+// takes longer than to copy a few.
+class LongCopy {
+ public:
+  static constexpr uint64_t kFewBytes = 64 << 10;
+
+  explicit LongCopy(uint64_t bytes) {
+    if (bytes > kFewBytes) released_.emplace();
+  }
+
+ private:
+  std::optional<nb::gil_scoped_release> released_;
+};
+
+// Whether it is ready now; `bytes` are copied meanwhile, beside what is pushed.
+template <class Ready>
+bool is_ready_now(Port& port, Ready&& ready, uint64_t bytes = 0) {
+  const LongCopy copy(bytes + port.p2p.pushable_bytes());
+  return ready();
+}
+
+// A wait of no time: kTimeout when it is not ready.
 template <class Ready, class Owed>
-Status ask_once(Port& port, Ready&& ready, Owed&& owed) {
+Status ask_once(Port& port, Ready&& ready, Owed&& owed, uint64_t bytes = 0) {
+  const LongCopy copy(bytes + port.p2p.pushable_bytes());
   return port.core.wait(ready, 0, owed);
 }
 

@@ -89,7 +89,8 @@ class PyExchange {
     Turn turn(port_);
     Exchange& exchange = get();
     const Status status = ask_once(
-        port_, [&] { return has_ended(exchange); }, [&] { return exchange.owing(); });
+        port_, [&] { return has_ended(exchange); }, [&] { return exchange.owing(); },
+        exchange.planned_bytes());
     if (status == Status::kTimeout) return false;
     end_wait(status);
     return true;
@@ -183,7 +184,7 @@ class PyExchange {
       posted_ = exchange.post();
       return posted_ != Status::kPending || exchange.has_lost();
     };
-    if (!ready()) {
+    if (!is_ready_now(port_, ready, exchange.planned_bytes())) {
       const Status status =
           wait_released(port_, ready, timeout_s, [&] { return exchange.blocking(); });
       if (status != Status::kOk) raise_wait(status);

@@ -23,14 +23,22 @@ void raise_place(Port& port, Status status, const char* verb, uint32_t rank, uin
 void put(Port& port, uint32_t rank, uint64_t offset, nb::handle data) {
   const Buffer buffer(data, false);
   Turn turn(port);
-  const Status status = port.window.put(rank, offset, buffer.data(), buffer.size());
+  Status status;
+  {
+    const LongCopy copy(buffer.size());
+    status = port.window.put(rank, offset, buffer.data(), buffer.size());
+  }
   raise_place(port, status, "put", rank, offset, buffer.size());
 }
 
 void get(Port& port, uint32_t rank, uint64_t offset, nb::handle out) {
   const Buffer buffer(out, true);
   Turn turn(port);
-  const Status status = port.window.get(rank, offset, buffer.data(), buffer.size());
+  Status status;
+  {
+    const LongCopy copy(buffer.size());
+    status = port.window.get(rank, offset, buffer.data(), buffer.size());
+  }
   raise_place(port, status, "get", rank, offset, buffer.size());
 }
 
