@@ -50,6 +50,12 @@ std::map<std::pair<std::string, uint64_t>, std::weak_ptr<Segment>>& registry() {
   return *segments;
 }
 
+void remember_own(const std::string& path, const std::shared_ptr<Segment>& segment) {
+  std::lock_guard lock(registry_mutex);
+  std::erase_if(registry(), [](const auto& item) { return item.second.expired(); });
+  registry()[{path, segment->header().incarnation}] = segment;
+}
+
 std::shared_ptr<Segment> find_own(const SegmentHeader& header) {
   if (header.pid != getpid()) return nullptr;
   std::lock_guard lock(registry_mutex);
@@ -167,14 +173,12 @@ std::shared_ptr<Segment> Segment::create(const std::string& run_id, const std::s
     const struct stat info = check_file(file.fd(), fresh);
     segment->device_ = info.st_dev;
     segment->inode_ = info.st_ino;
+    remember_own(path, segment);  // before anybody can find it
     if (rename(fresh.c_str(), path.c_str()) != 0) fail("cannot name", path);
   } catch (...) {
     ::unlink(fresh.c_str());
     throw;
   }
-  std::lock_guard lock(registry_mutex);
-  std::erase_if(registry(), [](const auto& item) { return item.second.expired(); });
-  registry()[{path, header.incarnation}] = segment;
   return segment;
 }
 
