@@ -20,33 +20,13 @@
 #include "exchange.h"
 #include "p2p.h"
 #include "server.h"
+#include "stress.h"
 #include "window.h"
 
 namespace xds::xccl {
 namespace {
 
-constexpr int64_t kLimitNs = 50'000'000'000;
 constexpr uint32_t kWidth = 24;
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  std::_Exit(1);
-}
-
-void require(bool ok, const char* what) {
-  if (!ok) fail(what);
-}
-
-LayoutParams small_layout(uint32_t num_ranks) {
-  LayoutParams params;
-  params.max_ranks = num_ranks;
-  params.p2p_slots = 4;
-  params.p2p_slot_bytes = 256;
-  params.row_slots = 2;
-  params.request_bytes = params.reply_bytes = 4096;
-  params.window_bytes = 64;
-  return params;
-}
 
 uint64_t message_bytes(uint32_t rank, uint64_t index) { return (index * 97 + rank * 31) % 1500; }
 uint8_t message_byte(uint32_t rank, uint64_t index, uint64_t at) {
