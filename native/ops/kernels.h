@@ -70,8 +70,8 @@ inline int64_t part_floats(int64_t value_dim) { return (value_dim + 15) / 16 * 1
 // Floats of scratch that a task needs, whatever the kernels.
 inline int64_t attend_scratch(int64_t rows, int64_t key_dim, int64_t value_dim) {
   const int64_t padded = rows + kRowSlack + 1, key_pad = (key_dim + 31) / 32 * 32;
-  return padded * (kPartition + key_pad + 2 * part_floats(value_dim)) + key_pad * kKeyTile +
-         16 * kPartition + 8 * 16;
+  return padded * (kPartition + key_pad + 2 * part_floats(value_dim)) + key_pad * (kKeyTile + kPartition / 2) +
+         32 * kPartition + 9 * 16;
 }
 
 // The largest of some entries: the lowest id that has it.

@@ -13,9 +13,10 @@ constexpr int64_t kGroupBytes = kTileSteps * kStepBytes;  // of a panel, for 32 
 
 struct TileScratch {
   uint16_t* q;      // [rows, key_pad]
-  uint8_t* panel;   // latents: panels of q; else one of keys
+  uint8_t* queries;  // latents: panels of 16 query rows
+  uint8_t* panels;  // of the keys of a partition
   uint16_t* keys;   // [64, key_pad]: latents that cannot be read in place
-  uint8_t* values;  // one panel
+  uint8_t* values;  // two panels
   float* scores;    // [rows, kPartition]; then bf16 weights in the first half of each row
   float* part;      // [rows, pitch], as in AttendScratch
   float* total;
@@ -24,6 +25,7 @@ struct TileScratch {
   int64_t pitch;
 
   int64_t key_tiles() const { return key_pad / kGroup; }
+  uint8_t* panel(int64_t position) const { return panels + position * key_pad * 2; }
   uint16_t* weights(int64_t row) const {
     return reinterpret_cast<uint16_t*>(scores + row * kPartition);
   }
@@ -43,20 +45,50 @@ inline TileScratch split_tile_scratch(const AttendTask& t) {
   };
   s.scores = take(rows * kPartition);
   s.q = reinterpret_cast<uint16_t*>(take(rows * s.key_pad / 2));
-  s.panel = reinterpret_cast<uint8_t*>(take(rows * s.key_pad / 2));
+  s.queries = reinterpret_cast<uint8_t*>(take(rows * s.key_pad / 2));
+  if (t.values != nullptr) s.panels = reinterpret_cast<uint8_t*>(take(kPartition * s.key_pad / 2));
   s.keys = reinterpret_cast<uint16_t*>(take(kKeyTile * s.key_pad / 2));
-  s.values = reinterpret_cast<uint8_t*>(take(kPartition * kGroup / 2));
+  s.values = reinterpret_cast<uint8_t*>(take(kPartition * kGroup));
   s.part = take(t.rows * s.pitch);
   s.total = take(t.rows * s.pitch);
   return s;
 }
+
+// Where the positions of one partition lie in the cache, 16 at a time where blocks are so long.
+struct TilePlaces {
+  const uint16_t* keys[kPartition / 16];
+  const uint16_t* pieces[kPartition / 16];  // rows of values or latents
+  const uint16_t* rows[kPartition];         // the same one by one, in blocks of another length
+  int64_t width;
+  bool is_whole;
+
+  TilePlaces(const AttendTask& t, int64_t first, int64_t count)
+      : width(t.values == nullptr ? t.key_dim : t.value_dim), is_whole(t.block_size % 16 == 0) {
+    const auto* base = static_cast<const uint16_t*>(t.values == nullptr ? t.keys : t.values);
+    for (int64_t j = 0; j < count; j += is_whole ? 16 : 1) {
+      const int64_t block = t.block_table[(first + j) / t.block_size] * t.block_stride;
+      const int64_t in_block = (first + j) % t.block_size;
+      (is_whole ? pieces[j / 16] : rows[j]) = base + block + in_block * width;
+      if (is_whole) keys[j / 16] = static_cast<const uint16_t*>(t.keys) + block + in_block;
+    }
+  }
+
+  const uint16_t* row(int64_t j) const {
+    return is_whole ? pieces[j / 16] + j % 16 * width : rows[j];
+  }
+};
 
 struct Pair {
   F16 first;
   F16 second;
 };
 
-// 32 neighbours in order, from the two tiles that unpacking made of them.
+// 16 neighbours in order, from what pairing 16 at a time made of them.
+inline F16 in_order(const F16& tile) {
+  return {_mm512_shuffle_f32x4(tile.v, tile.v, _MM_SHUFFLE(3, 1, 2, 0))};
+}
+
+// 32 neighbours in order, from the two tiles that pairing 32 at a time made of them.
 inline Pair in_order(const F16& low, const F16& high) {
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
@@ -70,11 +102,15 @@ inline void store_pairs(uint8_t* panel_row, __m512i even, __m512i odd) {
   _mm512_store_si512(panel_row + 64, _mm512_unpackhi_epi16(even, odd));
 }
 
-// Where 16 positions and the next 16 have their entries of one dimension.
-inline __m512i join_positions(const uint16_t* low, const uint16_t* high) {
-  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(high));
-  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
-  return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+// Two rows of 16 bf16 as half a row of a panel.
+inline void store_half_pairs(uint8_t* half_row, __m256i even, __m256i odd) {
+  auto* to = reinterpret_cast<__m256i*>(half_row);
+  _mm256_store_si256(to, _mm256_unpacklo_epi16(even, odd));
+  _mm256_store_si256(to + 1, _mm256_unpackhi_epi16(even, odd));
+}
+
+inline __m256i load_half(const uint16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
 // What pairing brings into the cache: the values of its own positions and the keys of the next.
@@ -101,57 +137,112 @@ struct PiecesAhead {
 };
 
 // The panel of keys at positions [at, at + 32) of a partition. Positions past its end repeat others.
-inline void pair_keys(const AttendTask& t, const TileScratch& s, const Places<Bf16Element>& places,
+inline void pair_keys(const AttendTask& t, const TileScratch& s, const TilePlaces& places,
                       int64_t first, int64_t at, int64_t count) {
-  const uint16_t* low = places.keys[at / 16];
-  const uint16_t* high = at + 16 < count ? places.keys[at / 16 + 1] : low;
-  int64_t stride = t.block_size;
-  if (t.block_size % 16 != 0) {
+  const uint16_t* low = s.keys;
+  const uint16_t* high = s.keys + 16;
+  int64_t stride = kGroup;
+  if (places.is_whole) {
+    low = places.keys[at / 16];
+    high = at + 16 < count ? places.keys[at / 16 + 1] : low;
+    stride = t.block_size;
+  } else {
     for (int64_t j = 0; j < lesser(kGroup, count - at); ++j) {
       const int64_t position = first + at + j;
       const uint16_t* from = static_cast<const uint16_t*>(t.keys) + position % t.block_size +
                              t.block_table[position / t.block_size] * t.block_stride;
       for (int64_t d = 0; d < t.key_dim; ++d) s.keys[d * kGroup + j] = from[d * t.block_size];
     }
-    low = s.keys;
-    high = s.keys + 16;
-    stride = kGroup;
   }
   const PiecesAhead ahead(t, low, first, at);
-  for (int64_t d = 0; d < s.key_pad; d += 2) {
-    const __m512i zero = _mm512_setzero_si512();
+  uint8_t* to = s.panel(at);
+  int64_t d = 0;
+  for (; d + 2 <= t.key_dim; d += 2, to += kStepBytes) {
     ahead.fetch(d);
     const int64_t even = d * stride, odd = even + stride;
-    store_pairs(s.panel + d / 2 * kStepBytes,
-                d < t.key_dim ? join_positions(low + even, high + even) : zero,
-                d + 1 < t.key_dim ? join_positions(low + odd, high + odd) : zero);
+    store_half_pairs(to, load_half(low + even), load_half(low + odd));
+    store_half_pairs(to + 64, load_half(high + even), load_half(high + odd));
+  }
+  for (; d < s.key_pad; d += 2, to += kStepBytes) {
+    const __m256i zero = _mm256_setzero_si256();
+    const bool is_last = d < t.key_dim;
+    store_half_pairs(to, is_last ? load_half(low + d * stride) : zero, zero);
+    store_half_pairs(to + 64, is_last ? load_half(high + d * stride) : zero, zero);
   }
 }
 
-inline void multiply_tiles(const void* a, ptrdiff_t a_stride, bool both, const uint8_t* b,
-                           int64_t tiles) {
+// What two products of 16 rows and a panel left in the tiles, or one of 32 rows: rows of 32 floats.
+struct alignas(64) TileBlock {
+  float rows[2 * kTileRows][kPanel];
+};
+
+// 32 rows and one panel.
+inline void multiply_rows(const void* a, ptrdiff_t a_stride, const uint8_t* b, int64_t tiles,
+                          TileBlock& out) {
   const auto* from = static_cast<const uint8_t*>(a);
   memory_barrier();
   clear_tiles();
   for (int64_t i = 0; i < tiles; ++i, from += 64, b += kGroupBytes) {
-    dot_tiles<Bf16Tile>(from, a_stride, both, b);
+    dot_tiles<Bf16Tile>(from, a_stride, true, b);
+  }
+  store_tiles(out.rows, sizeof out.rows[0], true);
+}
+
+// 16 rows and two panels.
+inline void multiply_panels(const void* a, ptrdiff_t a_stride, const uint8_t* b,
+                            const uint8_t* other, int64_t tiles, TileBlock& out) {
+  const auto* from = static_cast<const uint8_t*>(a);
+  memory_barrier();
+  clear_tiles();
+  for (int64_t i = 0; i < tiles; ++i, from += 64, b += kGroupBytes, other += kGroupBytes) {
+    _tile_loadd(4, from, a_stride);
+    _tile_loadd(6, b, kStepBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + 64, kStepBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, other, kStepBytes);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_loadd(6, other + 64, kStepBytes);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  store_tiles(out.rows, sizeof out.rows[0], true);
+}
+
+// Products of `rows` rows and two panels: body(row, which panel, its 32 results).
+template <class Body>
+inline void multiply_all(const void* a, ptrdiff_t a_stride, int64_t rows, const uint8_t* b,
+                         const uint8_t* other, int64_t tiles, Body&& body) {
+  const auto* from = static_cast<const uint8_t*>(a);
+  TileBlock block;
+  for (int64_t row = 0; row < rows; row += kBlockRows, from += kBlockRows * a_stride) {
+    const int64_t here = lesser(kBlockRows, rows - row);
+    if (here <= kTileRows) {
+      multiply_panels(from, a_stride, b, other, tiles, block);
+      for (int64_t r = 0; r < here; ++r) {
+        body(row + r, 0, block.rows[r]);
+        body(row + r, 1, block.rows[kTileRows + r]);
+      }
+      continue;
+    }
+    for (int which = 0; which < 2; ++which) {
+      multiply_rows(from, a_stride, which == 0 ? b : other, tiles, block);
+      for (int64_t r = 0; r < here; ++r) body(row + r, which, block.rows[r]);
+    }
   }
 }
 
 inline void score_keys(const AttendTask& t, const TileScratch& s,
-                       const Places<Bf16Element>& places, int64_t first, int64_t at,
-                       int64_t count, int64_t start) {
-  pair_keys(t, s, places, first, at, count);
-  for (int64_t row = start; row < t.rows; row += kBlockRows) {
-    const bool both = row + kTileRows < t.rows;
-    multiply_tiles(s.q + row * s.key_pad, s.key_pad * 2, both, s.panel, s.key_tiles());
-    float* scores = s.scores + row * kPartition + at;
-    store_tiles(scores, kPartition * 4, both);
-    for (int64_t r = 0; r < lesser(kBlockRows, t.rows - row); ++r, scores += kPartition) {
-      const Pair pair = in_order(load(scores), load(scores + 16));
-      store(scores, pair.first);
-      store(scores + 16, pair.second);
-    }
+                       const TilePlaces& places, int64_t first, int64_t count,
+                       int64_t start) {
+  for (int64_t at = 0; at < count; at += kGroup) pair_keys(t, s, places, first, at, count);
+  for (int64_t at = 0; at < count; at += 2 * kGroup) {
+    const uint8_t* other = s.panel(at + kGroup < count ? at + kGroup : at);
+    multiply_all(s.q + start * s.key_pad, s.key_pad * 2, t.rows - start, s.panel(at), other,
+                 s.key_tiles(), [&](int64_t row, int which, const float* results) {
+                   float* scores = s.scores + (start + row) * kPartition + at + which * kGroup;
+                   store(scores, in_order(load(results)));
+                   store(scores + 16, in_order(load(results + 16)));
+                 });
   }
 }
 
@@ -159,7 +250,7 @@ inline void score_keys(const AttendTask& t, const TileScratch& s,
 inline void transpose_queries(const AttendTask& t, const TileScratch& s) {
   const int64_t pairs = s.key_pad / 2;
   const auto* q = reinterpret_cast<const float*>(s.q);
-  auto* panel = reinterpret_cast<float*>(s.panel);
+  auto* panel = reinterpret_cast<float*>(s.queries);
   for (int64_t row = 0; row < t.rows; row += 8) {
     float* to = panel + row / kTileRows * kTileRows * pairs + row % kTileRows;
     for (int64_t d = 0; d < pairs; d += 8) {
@@ -175,18 +266,18 @@ struct LatentTiles {
 };
 
 inline LatentTiles latent_tiles(const AttendTask& t, const TileScratch& s,
-                                const Places<Bf16Element>& places, int64_t at, int64_t count) {
+                                const TilePlaces& places, int64_t at, int64_t count) {
   LatentTiles tiles;
   const bool in_place = t.block_size % 16 == 0 && t.key_dim == s.key_pad;
   tiles.stride = s.key_pad * 2;
   for (int64_t j = 0; !in_place && j < lesser(kKeyTile, count - at); ++j) {
     uint16_t* row = s.keys + j * s.key_pad;
-    std::memcpy(row, places.values[at + j], static_cast<size_t>(t.key_dim) * 2);
+    std::memcpy(row, places.row(at + j), static_cast<size_t>(t.key_dim) * 2);
     for (int64_t d = t.key_dim; d < s.key_pad; ++d) row[d] = 0;
   }
   for (int64_t i = 0; i < 4; ++i) {
     const int64_t j = at + 16 * i < count ? 16 * i : 0;
-    tiles.rows[i] = in_place ? places.values[at + j] : s.keys + j * s.key_pad;
+    tiles.rows[i] = in_place ? places.row(at + j) : s.keys + j * s.key_pad;
   }
   memory_barrier();
   return tiles;
@@ -209,11 +300,11 @@ inline void multiply_latents(const LatentTiles& tiles, const uint8_t* panel, int
 }
 
 inline void score_latents(const AttendTask& t, const TileScratch& s,
-                          const Places<Bf16Element>& places, int64_t at, int64_t count,
+                          const TilePlaces& places, int64_t at, int64_t count,
                           int64_t start) {
   const LatentTiles tiles = latent_tiles(t, s, places, at, count);
   for (int64_t row = start / kTileRows * kTileRows; row < t.rows; row += kTileRows) {
-    multiply_latents(tiles, s.panel + row * s.key_pad * 2, s.key_tiles());
+    multiply_latents(tiles, s.queries + row * s.key_pad * 2, s.key_tiles());
     alignas(64) float block[kKeyTile * kTileRows];
     _tile_stored(0, block, 64);
     _tile_stored(1, block + 256, 64);
@@ -246,42 +337,47 @@ inline PartSoftmax weigh_scores(const TileScratch& s, int64_t row, int64_t count
   return softmax;
 }
 
-// The panel of columns [column, column + 32) of the first `count` values, zero beyond; false when
-// one of them is not finite.
-inline bool pair_values(const AttendTask& t, const TileScratch& s,
-                        const Places<Bf16Element>& places, int64_t count, int64_t column) {
-  const int64_t columns = lesser(kGroup, t.value_dim - column);
+// A panel of columns [column, column + 32) of the first `count` values, zero beyond; false when
+// kCheck and one of them is not finite.
+template <bool kCheck>
+inline bool pair_values(const AttendTask& t, const TilePlaces& places, int64_t count,
+                        int64_t column, uint8_t* panel) {
+  const int64_t columns = greater(0, lesser(kGroup, t.value_dim - column));
   const auto mask = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
   const __m512i magnitude = _mm512_set1_epi16(0x7FFF);
   __m512i largest = _mm512_setzero_si512();
   auto take = [&](int64_t j) {
     if (j >= count) return _mm512_setzero_si512();
-    const __m512i row = _mm512_maskz_loadu_epi16(mask, places.values[j] + column);
-    largest = _mm512_max_epu16(largest, _mm512_and_si512(row, magnitude));
+    const __m512i row = _mm512_maskz_loadu_epi16(mask, places.row(j) + column);
+    if constexpr (kCheck) largest = _mm512_max_epu16(largest, _mm512_and_si512(row, magnitude));
     return row;
   };
   for (int64_t j = 0; j < (count + kGroup - 1) / kGroup * kGroup; j += 2) {
     const __m512i even = take(j);
-    store_pairs(s.values + j / 2 * kStepBytes, even, take(j + 1));
+    store_pairs(panel + j / 2 * kStepBytes, even, take(j + 1));
   }
   return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7F80)) == 0;
 }
 
-// Weighted values of 32 columns for rows [row, stop), from a panel of `end` positions.
-inline void weigh_values(const TileScratch& s, int64_t row, int64_t stop, int64_t column,
-                         int64_t end, float* parts) {
-  for (; row < stop; row += kBlockRows) {
-    const bool both = row + kTileRows < stop;
-    multiply_tiles(s.weights(row), kPartition * 4, both, s.values, end / kGroup);
-    alignas(64) float block[kBlockRows * kPanel];
-    store_tiles(block, kPanel * 4, both);
-    for (int64_t r = 0; r < lesser(kBlockRows, stop - row); ++r) {
-      float* part = parts + (row + r) * s.pitch + column;
-      const Pair pair = in_order(load(block + r * kPanel), load(block + r * kPanel + 16));
-      store(part, pair.first);
-      if (column + 16 < s.value_pad) store(part + 16, pair.second);
-    }
-  }
+// Weighted values of columns [column, column + 64) for rows [row, stop): of the first `count`
+// positions. False when a value is not finite and not `anyway`.
+inline bool weigh_values(const AttendTask& t, const TileScratch& s,
+                         const TilePlaces& places, int64_t row, int64_t stop,
+                         int64_t column, int64_t count, bool anyway, float* parts) {
+  uint8_t* other = s.values + kPartition * kGroup * 2;
+  const auto pair = anyway ? pair_values<false> : pair_values<true>;
+  const bool first_is_finite = pair(t, places, count, column, s.values);
+  const bool second_is_finite = pair(t, places, count, column + kGroup, other);
+  if (!first_is_finite || !second_is_finite) return false;
+  multiply_all(s.weights(row), kPartition * 4, stop - row, s.values, other,
+               (count + kGroup - 1) / kGroup, [&](int64_t r, int which, const float* results) {
+                 const Pair pair = in_order(load(results), load(results + 16));
+                 const int64_t at = column + which * kGroup;
+                 float* part = parts + (row + r) * s.pitch + at;
+                 if (at < s.value_pad) store(part, pair.first);
+                 if (at + 16 < s.value_pad) store(part + 16, pair.second);
+               });
+  return true;
 }
 
 inline int64_t attend_tile_partition(const AttendTask& t, const TileScratch& s, int64_t first,
@@ -291,29 +387,21 @@ inline int64_t attend_tile_partition(const AttendTask& t, const TileScratch& s, 
   auto seen = [&](int64_t row) {
     return lesser(count, t.first_length + row / t.rows_per_token - first);
   };
-  const Places<Bf16Element> places(t, first, count);
-  const bool latent = t.values == nullptr;
-  for (int64_t at = 0; at < count; at += latent ? kKeyTile : kGroup) {
-    if (latent) {
-      score_latents(t, s, places, at, count, start);
-    } else {
-      score_keys(t, s, places, first, at, count, start);
-    }
+  const TilePlaces places(t, first, count);
+  if (t.values != nullptr) score_keys(t, s, places, first, count, start);
+  for (int64_t at = 0; t.values == nullptr && at < count; at += kKeyTile) {
+    score_latents(t, s, places, at, count, start);
   }
   for (int64_t r = start; r < t.rows; ++r) {
     const PartSoftmax softmax = weigh_scores(s, r, seen(r), end, t.scale);
     parts[r * s.pitch + s.value_pad] = softmax.max;
     parts[r * s.pitch + s.value_pad + 1] = softmax.sum;
   }
-  for (int64_t column = 0; column < t.value_dim; column += kGroup) {
-    const bool is_finite = pair_values(t, s, places, count, column);
-    if (is_finite || seen(start) == count) {
-      weigh_values(s, start, t.rows, column, end, parts);
-      continue;
-    }
+  for (int64_t column = 0; column < t.value_dim; column += 2 * kGroup) {
+    const bool see_all = seen(start) == count;
+    if (weigh_values(t, s, places, start, t.rows, column, count, see_all, parts)) continue;
     for (int64_t r = start; r < t.rows; ++r) {  // zero times infinity: keep to what a row sees
-      pair_values(t, s, places, seen(r), column);
-      weigh_values(s, r, r + 1, column, (seen(r) + kGroup - 1) / kGroup * kGroup, parts);
+      weigh_values(t, s, places, r, r + 1, column, seen(r), true, parts);
     }
   }
   return start;
