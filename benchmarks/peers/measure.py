@@ -2,6 +2,9 @@
 
 for model, class:  start every engine's worker        (one that cannot: a row with the reason)
     for workload:  warm up, then repeats x engines    (interleaved, same prompts in a turn)
+                   then the same with every engine's server
+
+Whose turn it is not stands still (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from functools import partial
 
 from benchmarks.peers.environment import Unavailable
 from benchmarks.peers.foreign_load import undisturbed
-from benchmarks.peers.online import measure_online
+from benchmarks.peers.online import ServerProcess
 from benchmarks.peers.peer import Peer, Settings, WorkerProcess
 from benchmarks.peers.table import Row
 from benchmarks.peers.workloads import (
@@ -89,9 +92,9 @@ def _measure_class(
         group = [w for w in batches if bool(w.shared_len) is is_shared]
         if group:
             yield from _measure_batches(plan, model, precision, entrants, group)
-    for online in plan.workloads:
-        if isinstance(online, OnlineWorkload) and plan.repeats:
-            yield from _measure_servers(plan, model, precision, entrants, online)
+    online = [w for w in plan.workloads if isinstance(w, OnlineWorkload)]
+    if online and plan.repeats:
+        yield from _measure_servers(plan, model, precision, entrants, online)
 
 
 def _measure_batches(
@@ -103,11 +106,7 @@ def _measure_batches(
 ) -> list[Row]:
     settings = plan.settings(prefix_caching=any(w.shared_len for w in workloads))
     workers: dict[Entrant, WorkerProcess] = {}
-    rows: dict[tuple[str, Entrant], Row] = {
-        (w.name, e): Row(model, precision, w.name, e.peer.name, e.variant)
-        for w in workloads
-        for e in entrants
-    }
+    rows = _empty_rows(model, precision, entrants, workloads)
     with ExitStack() as stack:
         for entrant in entrants:
             try:
@@ -115,9 +114,7 @@ def _measure_batches(
                 worker = WorkerProcess(f"{entrant.name}-{model}", command)
                 workers[entrant] = stack.enter_context(worker)
             except Unavailable as exc:
-                print(f"{model} {entrant.name}: {exc}", flush=True)
-                for workload in workloads:
-                    rows[workload.name, entrant].reason = str(exc)
+                _excuse(rows, entrant, exc)
         if plan.repeats:
             for workload in workloads:
                 _take_turns(plan.repeats, workload, workers, rows)
@@ -154,24 +151,50 @@ def _measure_servers(
     model: str,
     precision: str,
     entrants: Sequence[Entrant],
-    workload: OnlineWorkload,
+    workloads: Sequence[OnlineWorkload],
 ) -> list[Row]:
     settings = plan.settings(prefix_caching=False)
-    rows = {e: Row(model, precision, workload.name, e.peer.name, e.variant) for e in entrants}
-    for repeat in range(plan.repeats):
-        for entrant, row in rows.items():
-            if row.reason:
-                continue
+    servers: dict[Entrant, ServerProcess] = {}
+    rows = _empty_rows(model, precision, entrants, workloads)
+    with ExitStack() as stack:
+        for entrant in entrants:
             try:
-                values = measure_online(
-                    entrant.peer, model, entrant.variant, settings, workload, repeat
-                )
-                row.runs.append(values)
-                _say(row)
+                server = ServerProcess(entrant.peer, model, entrant.variant, settings)
+                servers[entrant] = stack.enter_context(server)
             except Unavailable as exc:
-                row.reason = str(exc)
-                print(f"{model} {entrant.name} {workload.name}: {exc}", flush=True)
+                _excuse(rows, entrant, exc)
+        for workload in workloads:
+            for repeat in range(plan.repeats):
+                for entrant, server in servers.items():
+                    row = rows[workload.name, entrant]
+                    try:
+                        if not row.reason:
+                            row.runs.append(server.measure(workload, repeat))
+                            _say(row)
+                    except Unavailable as exc:
+                        _excuse({(workload.name, entrant): row}, entrant, exc)
     return list(rows.values())
+
+
+def _empty_rows(
+    model: str,
+    precision: str,
+    entrants: Sequence[Entrant],
+    workloads: Sequence[Workload] | Sequence[OnlineWorkload],
+) -> dict[tuple[str, Entrant], Row]:
+    return {
+        (w.name, e): Row(model, precision, w.name, e.peer.name, e.variant)
+        for w in workloads
+        for e in entrants
+    }
+
+
+def _excuse(rows: dict[tuple[str, Entrant], Row], entrant: Entrant, why: Unavailable) -> None:
+    """The reason why an entrant's cells stay empty."""
+    for (workload, other), row in rows.items():
+        if other == entrant:
+            row.reason = str(why)
+            print(f"{row.model} {entrant.name} {workload}: {why}", flush=True)
 
 
 def _say(row: Row) -> None:

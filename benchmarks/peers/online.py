@@ -8,13 +8,12 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
 from benchmarks.peers.environment import Unavailable, peers_folder
-from benchmarks.peers.peer import START_TIMEOUT_S, STOP_TIMEOUT_S, Peer, Server, Settings
+from benchmarks.peers.peer import START_TIMEOUT_S, Peer, Server, Settings
+from benchmarks.peers.turns import TurnProcess
 from benchmarks.peers.workloads import OnlineWorkload
 
 from xdeepserve.loadgen.bench_serve import BenchConfig, run_bench
@@ -27,20 +26,46 @@ from xdeepserve.loadgen.workload import LengthDistribution, WorkloadConfig
 POLL_S: Final = 0.25
 
 
-def measure_online(
-    peer: Peer, model: str, variant: str, settings: Settings, workload: OnlineWorkload, seed: int
-) -> dict[str, float]:
-    """Start the server, run the workload, stop the server; metrics by name.
+class ServerProcess:
+    """A server that answers when it is its turn; use as a context manager."""
 
-    Raises:
-        Unavailable: there is no server, it did not start, or a request failed.
-    """
-    server = peer.server(model, variant, settings, _free_port())
-    with _running(server, f"{peer.name}-{model}-{variant}-server"):
+    def __init__(self, peer: Peer, model: str, variant: str, settings: Settings) -> None:
+        """Start it and wait until it is healthy.
+
+        Raises:
+            Unavailable: there is no server, or it did not start.
+        """
+        self._server = peer.server(model, variant, settings, _free_port())
+        path = peers_folder() / f"{peer.name}-{model}-{variant}-server.log"
+        command = self._server.command
+        with path.open("w") as log:
+            self._turns = TurnProcess(
+                command.argv, command.environ, log, stdin=subprocess.DEVNULL, stdout=log
+            )
         try:
-            return asyncio.run(_load(server, workload, seed))
-        except ClientError as exc:
-            raise Unavailable(f"a request failed: {exc}") from exc
+            with self._turns.turn():
+                _wait_until_healthy(self._turns.process, self._server.port)
+        except Unavailable:
+            self._turns.stop()
+            raise
+
+    def measure(self, workload: OnlineWorkload, seed: int) -> dict[str, float]:
+        """Run the workload; metrics by name.
+
+        Raises:
+            Unavailable: a request failed.
+        """
+        with self._turns.turn():
+            try:
+                return asyncio.run(_load(self._server, workload, seed))
+            except ClientError as exc:
+                raise Unavailable(f"a request failed: {exc}") from exc
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._turns.stop()
 
 
 async def _load(server: Server, workload: OnlineWorkload, seed: int) -> dict[str, float]:
@@ -76,30 +101,7 @@ async def _load(server: Server, workload: OnlineWorkload, seed: int) -> dict[str
     }
 
 
-@contextmanager
-def _running(server: Server, name: str) -> Iterator[None]:
-    log = peers_folder() / f"{name}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            server.command.argv,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=server.command.environ,
-        )
-    try:
-        _wait_until_healthy(process, server.port)
-        yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(STOP_TIMEOUT_S)
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int) -> None:
+def _wait_until_healthy(process: subprocess.Popen[str], port: int) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:

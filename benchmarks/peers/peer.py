@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from benchmarks.peers.environment import Command, Unavailable, peers_folder
+from benchmarks.peers.turns import STOP_TIMEOUT_S, TurnProcess
 
 WORKERS: Final = Path(__file__).resolve().parent / "workers"
 PRECISIONS: Final = ("16-bit", "8-bit", "4-bit")
 
 START_TIMEOUT_S: Final = 900.0
 ORDER_TIMEOUT_S: Final = 900.0
-STOP_TIMEOUT_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,19 +99,15 @@ class WorkerProcess:
         self._log = peers_folder() / f"{name.replace(' ', '-').replace('/', '-')}.log"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                command.argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=command.environ,
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._turns = TurnProcess(command.argv, command.environ, log, **pipes)
+        self._process = self._turns.process
         self._answers: queue.Queue[str] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            self._answer(START_TIMEOUT_S)
+            with self._turns.turn():
+                self._answer(START_TIMEOUT_S)
         except Unavailable:
             self.stop()
             raise
@@ -134,12 +130,13 @@ class WorkerProcess:
             Unavailable: the engine could not do it.
         """
         assert self._process.stdin is not None, "opened as a pipe"
-        try:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise Unavailable(self._last_words()) from None
-        return self._answer(ORDER_TIMEOUT_S)
+        with self._turns.turn():
+            try:
+                self._process.stdin.write(json.dumps(order) + "\n")
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                raise Unavailable(self._last_words()) from None
+            return self._answer(ORDER_TIMEOUT_S)
 
     def _answer(self, timeout_s: float) -> dict[str, Any]:
         try:
@@ -160,12 +157,8 @@ class WorkerProcess:
 
     def stop(self) -> None:
         """End it. Idempotent."""
-        self._process.kill()
-        self._process.wait(STOP_TIMEOUT_S)
+        self._turns.stop()
         self._reader.join(STOP_TIMEOUT_S)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
 
     def __enter__(self) -> WorkerProcess:
         return self

