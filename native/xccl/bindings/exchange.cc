@@ -12,6 +12,10 @@ namespace {
 bool wait_any(Port& port, const std::vector<PyExchange*>& exchanges, double timeout_s,
               bool or_requests) {
   Turn turn(port);
+  for (PyExchange* exchange : exchanges) {  // while errors can still be raised
+    if (exchange == nullptr) throw nb::type_error("exchanges holds None; it must hold exchanges");
+    exchange->check_waitable(port);
+  }
   std::vector<uint32_t> owed;
   const auto ready = [&] {
     port.p2p.push_all();

@@ -101,7 +101,11 @@ class PyExchange {
     wait_answered(timeout_s);
   }
 
-  // For waits over several exchanges.
+  // For waits over several exchanges, of which each was found to be waitable.
+  void check_waitable(const Port& port) {
+    if (&port != &port_) throw nb::value_error("an exchange is of another port; wait on that one");
+    get();
+  }
   bool advance_or_end() { return has_ended(get()); }
   std::span<const uint32_t> owing() { return get().owing(); }
 
@@ -130,10 +134,11 @@ class PyExchange {
     if (!is_routed() || out.shape(0) != experts_.size()) {
       throw nb::value_error("out must have one row per (token, expert) slot of a routed exchange");
     }
+    Exchange& exchange = get();
     Status status;
     {
       nb::gil_scoped_release release;
-      status = get().gather(out.data<float>(), static_cast<uint32_t>(out.shape(1)));
+      status = exchange.gather(out.data<float>(), static_cast<uint32_t>(out.shape(1)));
     }
     raise_combine(status);
   }
@@ -216,10 +221,11 @@ class PyExchange {
     if (!is_routed() || weights.size() != experts_.size() || weights.shape(0) != out.shape(0)) {
       throw nb::value_error("topk_weights must be [T, K] as topk_ids, and out [T, H]");
     }
+    Exchange& exchange = get();
     Status status;
     {
       nb::gil_scoped_release release;
-      status = get().combine(weights.data<const float>(), out.data<float>(),
+      status = exchange.combine(weights.data<const float>(), out.data<float>(),
                              static_cast<uint32_t>(out.shape(0)),
                              static_cast<uint32_t>(out.shape(1)));
     }

@@ -138,7 +138,7 @@ class Port(_xccl.Port):
             try:
                 self.attach(_xccl.read_blob(self.run_id, info.name))
             except SegmentError:
-                if info.path.exists():  # else it went away between listing and opening
+                if info in list_segments(self.run_id):  # else it went away or has a new life
                     raise
         return [info.rank for info in found]
 

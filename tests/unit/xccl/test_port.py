@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from tests.unit.xccl.ports import SOON_S, TAG, Ranks, native_ranks, rows_of
-from xdeepserve.errors import IntegrityError, XcclError
+from xdeepserve.errors import IntegrityError, SegmentError, XcclError
 from xdeepserve.ops.quant import quantize_int8, round_bf16, to_bf16
 from xdeepserve.xccl import Exchange, Layout, PartState, PeerState, Port, TraceKind
+from xdeepserve.xccl import port as port_module
 from xdeepserve.xccl.reference_rows import quantize_rows
+from xdeepserve.xccl.segments import list_segments
 
 WIDE = Layout(max_ranks=2, request_bytes=64 << 10, reply_bytes=64 << 10)
 
@@ -174,6 +179,44 @@ def test_wait_any_tells_news_from_silence(pair: list[Port]) -> None:
         for batch in b.poll():
             batch.reply(rows_of(1, 4))
         assert a.wait_any([exchange], SOON_S)
+
+
+def test_what_cannot_be_waited_for_is_refused(pair: list[Port]) -> None:
+    a, b = pair
+    topk_ids = np.zeros((1, 1), np.int32)
+    exchange = a.exchange(rows_of(1, 4))
+    exchange.post_routed(topk_ids, np.ones(1, np.int32), TAG, 0, SOON_S)
+    out, weights = np.zeros((1, 4), np.float32), np.ones((1, 1), np.float32)
+    with pytest.raises(ValueError, match="another port"):
+        b.wait_any([exchange], SOON_S)
+    with pytest.raises(TypeError, match="None"):
+        a.wait_any([exchange, None], SOON_S)  # type: ignore[list-item]
+    exchange.release()
+    for call in (
+        lambda: a.wait_any([exchange], SOON_S),
+        lambda: exchange.gather(out),
+        lambda: exchange.combine(weights, out),
+    ):
+        with pytest.raises(XcclError, match="released"):
+            call()
+
+
+def test_a_segment_that_is_replaced_while_it_is_opened_is_found_later(
+    pair: list[Port], run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (listed,) = (info for info in list_segments(run_id) if info.rank == 1)
+    old = dataclasses.replace(listed, incarnation=listed.incarnation + 1)  # unknown to rank 0
+    refuse = pytest.raises(SegmentError, match="in vain")
+    monkeypatch.setattr(Port, "attach", _attach_in_vain)
+    for now, expectation in (([listed], nullcontext()), ([old], refuse)):
+        answers = Mock(side_effect=[[old], now])
+        monkeypatch.setattr(port_module, "list_segments", answers)
+        with expectation:
+            assert pair[0].discover() == [1]
+
+
+def _attach_in_vain(self: Port, blob: bytes) -> None:
+    raise SegmentError("in vain")
 
 
 def test_open_slots_and_requests_are_no_idle_port(pair: list[Port]) -> None:
