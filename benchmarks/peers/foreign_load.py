@@ -9,12 +9,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 MAX_FOREIGN_SHARE: Final = 0.04
 """Share of all cores' time that others may use; the kernel and this program need some."""
 
 MAX_ATTEMPTS: Final = 4
+
+Answer = TypeVar("Answer")
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
@@ -31,16 +33,21 @@ def undisturbed(pid: int, run: Callable[[], dict[str, float]]) -> dict[str, floa
     """
     best: dict[str, float] = {}
     for _ in range(MAX_ATTEMPTS):
-        machine_s, own_s, start_s = _busy_s(), _own_s(pid), time.monotonic()
-        answer = run()
-        wall_s = time.monotonic() - start_s
-        foreign_s = (_busy_s() - machine_s) - (_own_s(pid) - own_s)
-        share = max(0.0, foreign_s / (wall_s * (os.cpu_count() or 1)))
+        answer, share = watched(pid, run)
         if not best or share < best["foreign_share"]:
             best = answer | {"foreign_share": share}
         if share <= MAX_FOREIGN_SHARE:
             break
     return best
+
+
+def watched(pid: int, run: Callable[[], Answer]) -> tuple[Answer, float]:
+    """(the answer of `run`, share of all cores' time that others than `pid` used meanwhile)."""
+    machine_s, own_s, start_s = _busy_s(), _own_s(pid), time.monotonic()
+    answer = run()
+    wall_s = time.monotonic() - start_s
+    foreign_s = (_busy_s() - machine_s) - (_own_s(pid) - own_s)
+    return answer, max(0.0, foreign_s / (wall_s * (os.cpu_count() or 1)))
 
 
 def _busy_s() -> float:
