@@ -86,7 +86,16 @@ def stall_of_longest(calm_ms: Sequence[float], moving_ms: Sequence[float]) -> di
         "added_ms": max(moving_ms) - max(calm_ms),
         "added_in_a_round_longest_ms": max(added),
         "added_in_a_round_median_ms": median(added),
+        "noise_ms": max(calm_ms) - min(calm_ms),
     }
+
+
+def verdict(stall: dict[str, float], aim_ms: float) -> str:
+    """Whether the aim is met; undecided where calm rounds differ by more than what is judged."""
+    added_ms = stall["added_ms"]
+    if abs(added_ms - aim_ms) <= stall["noise_ms"]:
+        return f"undecided: the longest gaps of calm rounds lie {stall['noise_ms']:.2f} ms apart"
+    return "met" if added_ms < aim_ms else "missed"
 
 
 def print_longest(stall: dict[str, float], aim_ms: float) -> None:
@@ -96,7 +105,8 @@ def print_longest(stall: dict[str, float], aim_ms: float) -> None:
         f"{stall['longest_gap_calm_ms']:.2f} ms while none does"
     )
     print(
-        f"stall by migration: {stall['added_ms']:.2f} ms (aim < {aim_ms:g} ms); by rounds "
+        f"stall by migration: {stall['added_ms']:.2f} ms (aim < {aim_ms:g} ms "
+        f"{verdict(stall, aim_ms)}); by rounds "
         f"{stall['added_in_a_round_median_ms']:.2f} ms at the median, "
         f"{stall['added_in_a_round_longest_ms']:.2f} ms at most"
     )

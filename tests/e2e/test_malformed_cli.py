@@ -175,6 +175,21 @@ def test_bad_flags(arguments: list[str], part: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--expert", "2"], "--expert"),
+        (["--no-pin"], "--pin"),
+        (["--replicas", "1"], "--replicas"),
+        (["--rebalance-interval-s", "5"], "--rebalance-interval-s"),
+    ],
+)
+def test_flags_of_workers_that_there_are_none_of(
+    arguments: list[str], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _expect_one_line(["serve", "m", "--colocated", *arguments], capsys, f"--colocated and {flag} ")
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("XDEEPSERVE_ISA", "mmx"),

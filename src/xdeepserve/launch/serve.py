@@ -7,6 +7,7 @@ import logging
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from xdeepserve import envs
 from xdeepserve.config import GatewayConfig, SloConfig
@@ -18,6 +19,8 @@ from xdeepserve.launch.flags import add_config_flags, override
 from xdeepserve.launch.logs import setup_logging
 
 logger = logging.getLogger(__name__)
+
+_WORKER_FLAGS: Final = (*ROLES, "pin", "replicas", "rebalance_interval_s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,11 +71,11 @@ def run(args: argparse.Namespace) -> int:
     if args.log_format is not None:
         envs.LOG_FORMAT.export(args.log_format)
     setup_logging()
+    if args.colocated:
+        _refuse_worker_flags(args)
     deployment = deployment_from_args(args)
     counts = {role: getattr(args, role) for role in ROLES if getattr(args, role) is not None}
     is_apart = bool(counts) or args.deployment is not None
-    if args.colocated and counts:
-        raise ConfigError("--colocated and worker counts exclude each other; give one of them")
     with bind(deployment.gateway) as listener:
         loaded = load_named(deployment.model, deployment.precision)
         names = args.served_model_name or [loaded.name]
@@ -83,6 +86,13 @@ def run(args: argparse.Namespace) -> int:
                 deployment, loaded, names=names, listener=listener, access_log=args.access_log
             )
         return _serve_colocated(deployment, loaded, names, listener, args.access_log)
+
+
+def _refuse_worker_flags(args: argparse.Namespace) -> None:
+    given = [name for name in _WORKER_FLAGS if getattr(args, name, None) is not None]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ConfigError(f"--colocated and {flags} exclude each other; give one of them")
 
 
 def deployment_from_args(args: argparse.Namespace) -> Deployment:

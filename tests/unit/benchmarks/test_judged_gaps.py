@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from benchmarks.bench_faults import Outcome
-from benchmarks.flip_stalls import stall_of_longest
+from benchmarks.flip_stalls import stall_of_longest, verdict
 
 from xdeepserve.testing.fault_drill import DrillResult
 
@@ -27,3 +27,10 @@ def test_the_stall_is_between_the_longest_gaps_of_all() -> None:
     assert stall["added_ms"] == pytest.approx(10.0)
     assert stall["added_in_a_round_longest_ms"] == pytest.approx(150.0)
     assert stall["added_in_a_round_median_ms"] == pytest.approx(10.0)
+
+
+def test_a_stall_within_the_noise_is_undecided() -> None:
+    noisy = stall_of_longest(calm_ms=[100.0, 300.0], moving_ms=[150.0, 250.0])
+    assert verdict(noisy, 20.0).startswith("undecided")
+    assert verdict(stall_of_longest([100.0, 102.0], [105.0, 104.0]), 20.0) == "met"
+    assert verdict(stall_of_longest([100.0, 102.0], [105.0, 134.0]), 20.0) == "missed"
