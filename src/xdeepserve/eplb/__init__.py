@@ -5,6 +5,7 @@ Pure but for `ExpertLoadStats`: this room counts and plans; others load experts 
 
 from __future__ import annotations
 
+from xdeepserve.eplb.hold import hold_ranks
 from xdeepserve.eplb.load_stats import ExpertLoadReport, ExpertLoadStats
 from xdeepserve.eplb.migrate import ExpertMove, MigrationTick, Phase, migrate
 from xdeepserve.eplb.place import place_experts
@@ -31,6 +32,7 @@ __all__ = [
     "RebalancePolicy",
     "check_placement",
     "decide",
+    "hold_ranks",
     "lower_bound",
     "migrate",
     "num_loads",

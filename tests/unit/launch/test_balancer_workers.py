@@ -218,3 +218,30 @@ async def test_a_new_rank_that_loads_nothing_gets_nothing_until_it_does() -> Non
     await run.look_after(balancer.RETRY_INTERVAL_S)
     assert run.balancer.placement is not None
     assert idle_ranks(run.balancer.placement) == ()
+
+
+async def test_a_rank_that_is_down_does_not_keep_a_new_one_empty() -> None:
+    run = Run(experts=2, replicas=1)
+    load, asked = run.workers.load, list[tuple[int, int]]()
+
+    async def is_down(rank: int, experts: Sequence[tuple[int, int]]) -> bool:
+        asked.extend(experts if rank == 1 else ())
+        return rank != 1 and await load(rank, experts)
+
+    run.workers.load = is_down  # type: ignore[method-assign]
+    await run.look_after(0.0)
+    run.workers.count(np.array([10, 900, 10, 900, 10, 10, 10, 900]))
+    before = expert_placement(run.place(3), 8).replicas_on_ranks()
+    await run.look_after(0.0)
+    assert asked, "it was to load something"
+    check_epochs_and_completeness(run)
+    assert run.balancer.placement is not None
+    assert idle_ranks(run.balancer.placement) == ()
+    held = expert_placement(run.balancer.placement, 8).replicas_on_ranks()
+    assert (held[:, 1] <= before[:, 1]).all(), "it has loaded nothing"
+    run.workers.load = load  # type: ignore[method-assign]
+    await run.look_after(balancer.RETRY_INTERVAL_S)
+    num_flips = len(run.published)
+    await run.look_after(balancer.RETRY_INTERVAL_S)
+    assert len(run.published) == num_flips, "all is done"
+    check_epochs_and_completeness(run)

@@ -282,7 +282,7 @@ class Balancer:
         target: ExpertPlacement,
         layers: Sequence[int],
     ) -> bool:
-        """Go from current, the experts of `origin`, to target; False when it was cut short.
+        """Go from current, the experts of `origin`, to target; False when something is left.
 
         The caller holds the lock.
         """
@@ -300,14 +300,15 @@ class Balancer:
 
         num_before = self._num_moves
         ranks, workers = origin.expert, self._workers
-        if not await carry_out(
+        is_done = await carry_out(
             current, target, ranks=ranks, layers=layers, workers=workers, flip=flip
-        ):
+        )
+        num_moves = self._num_moves - num_before
+        self._num_migrations += bool(num_moves)
+        if not is_done:
             if self.placement is origin:
                 self._spread_after_s = self._clock.monotonic() + RETRY_INTERVAL_S
             return False
-        num_moves = self._num_moves - num_before
-        self._num_migrations += bool(num_moves)
         numbers = {"num_moves": num_moves, "routing_epoch": origin.epoch}
         logger.info("moved %d experts; routing epoch %d", *numbers.values(), extra=numbers)
         return True
