@@ -7,7 +7,8 @@ Frozen dataclasses; every field is documented here and becomes a key of the depl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -221,15 +222,22 @@ class Deployment:
                 continue
             if isinstance(spec, ExpertRoleSpec):
                 replicas = spec.replicas if count >= 2 else 0
-                changed: Any = replace(spec, count=count, slices=(), replicas=replicas)
+                changed: Any = _in_role(name, spec, count=count, slices=(), replicas=replicas)
             else:
-                changed = _in_role(name, spec, count)
+                changed = _in_role(name, spec, count=count)
             roles = replace(roles, **{name: changed})
         return replace(self, roles=roles)
 
 
-def _in_role(name: str, spec: RoleSpec, count: int) -> RoleSpec:
+def _in_role(name: str, spec: RoleSpec, **values: Any) -> RoleSpec:
+    with naming_role(name):
+        return replace(spec, **values)
+
+
+@contextmanager
+def naming_role(name: str) -> Iterator[None]:
+    """What is wrong within the block is said of this role: `roles.expert: count=-1 ...`."""
     try:
-        return replace(spec, count=count)
+        yield
     except ConfigError as exc:
         raise ConfigError(f"roles.{name}: {exc.message}") from exc

@@ -13,7 +13,7 @@ from xdeepserve import envs
 from xdeepserve.config import GatewayConfig, SloConfig
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load_named
-from xdeepserve.launch.deployment import ROLES, Deployment, ExpertRoleSpec
+from xdeepserve.launch.deployment import ROLES, Deployment, ExpertRoleSpec, naming_role
 from xdeepserve.launch.deployment_file import load_deployment
 from xdeepserve.launch.flags import add_config_flags, override
 from xdeepserve.launch.logs import setup_logging
@@ -110,9 +110,11 @@ def deployment_from_args(args: argparse.Namespace) -> Deployment:
             args.expert,
             base.roles.expert.count,
         )
+    with naming_role("expert"):
+        expert = override(counted.roles.expert, args)
     deployment = replace(
         counted,
-        roles=replace(counted.roles, expert=override(counted.roles.expert, args)),
+        roles=replace(counted.roles, expert=expert),
         slo=override(base.slo, args),
         model=args.model or base.model,
         pin=base.pin if args.pin is None else args.pin,

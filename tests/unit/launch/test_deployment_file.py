@@ -277,3 +277,9 @@ def test_every_key_is_documented() -> None:
     sections = {where.rpartition(".")[0] for where, _ in documented}
     leaves = [(where, doc) for where, doc in documented if where not in sections and "." in where]
     assert [where for where, doc in leaves if (where.split(".")[-1], doc) not in rows] == []
+
+
+@pytest.mark.parametrize("role", ["attention", "ffn", "expert"])
+def test_a_wrong_count_names_its_role(role: str) -> None:
+    with pytest.raises(ConfigError, match=f"^roles.{role}: count=-1 must be"):
+        Deployment().with_counts({role: -1})
