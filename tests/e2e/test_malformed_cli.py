@@ -228,6 +228,16 @@ def test_steps_that_workers_cannot_exchange(
     assert [path.name for path in tmp_path.glob("*xds-*")] == [], "no run was begun"
 
 
+@pytest.mark.parametrize("command", [["scale", "expert=2"], ["rebalance"]])
+@pytest.mark.parametrize("seconds", ["-1", "0", "soon", "nan"])
+def test_a_timeout_is_a_time(
+    command: list[str], seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*command, f"--timeout={seconds}"])
+    assert f"{seconds!r} is not a number of seconds above 0" in capsys.readouterr().err
+
+
 def test_no_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

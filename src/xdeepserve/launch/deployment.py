@@ -142,7 +142,7 @@ class SupervisionConfig:
     crash_loop_limit: int = option(8, "Crashes within the window after which a worker is failed.")
     crash_loop_window_s: float = option(120.0, "Window of the crash-loop limit.")
     stable_after_s: float = option(
-        3.0, "A worker that is ready for this long without a break has left its crashes behind."
+        30.0, "A worker that is ready for this long without a break has left its crashes behind."
     )
     failed_retry_s: float = option(
         60.0, "Time between two tries of a worker that failed by its crashes."

@@ -12,6 +12,21 @@ C = TypeVar("C")
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 
 
+def positive_seconds(text: str) -> float:
+    """Value of a flag that says how long to wait, in seconds.
+
+    Raises:
+        ArgumentTypeError: it is not a number above 0.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
 def add_config_flags(
     parser: argparse.ArgumentParser, config: type[Any], *, only: Iterable[str] = ()
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
+from xdeepserve.launch.flags import positive_seconds
 from xdeepserve.launch.run_dir import RunDirectory, choose_run
 from xdeepserve.launch.supervisor.client import REBALANCE_TIMEOUT_S, rebalance_run, status_of
 from xdeepserve.launch.supervisor.messages import Membership
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run-id", metavar="ID", help="which service, where several run here")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=positive_seconds,
         default=REBALANCE_TIMEOUT_S,
         help="seconds to wait (default: %(default)s)",
     )

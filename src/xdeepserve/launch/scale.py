@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 
 from xdeepserve.errors import ConfigError, ConnectionLost, DeadlineExceeded, EngineDeadError
+from xdeepserve.launch.flags import positive_seconds
 from xdeepserve.launch.run_dir import RunDirectory, choose_run
 from xdeepserve.launch.supervisor.client import connect_supervisor, scale_run
 from xdeepserve.launch.supervisor.messages import Membership, Subscribe
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--run-id", metavar="ID", help="which service, where several run here")
     parser.add_argument(
-        "--timeout", type=float, default=300.0, help="seconds to wait (default: %(default)s)"
+        "--timeout",
+        type=positive_seconds,
+        default=300.0,
+        help="seconds to wait (default: %(default)s)",
     )
     parser.set_defaults(handler=run)
 

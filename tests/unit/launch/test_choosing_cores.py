@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,17 @@ def test_who_is_stuck_does_not_keep_others(
 ) -> None:
     with choosing_cores(run), choosing_cores(run, timeout_s=0.02):
         assert caplog.messages == ["cores are chosen beside another run that chooses for 0.02 s"]
+
+
+def test_a_folder_that_cannot_be_locked_keeps_nobody(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with choosing_cores(run):
+        assert "without a lock" in caplog.text
 
 
 async def test_the_supervisor_publishes_what_it_chose_before_others_choose(

@@ -249,7 +249,9 @@ class Balancer:
             CapacityError: some have not moved, also not after MAX_TRIES.
         """
         if self._load is None or self.placement is None or not self.placement.expert:
-            raise ConfigError("this service has no expert workers; there is nothing to rebalance")
+            raise ConfigError(
+                "no expert worker serves; there is nothing to rebalance (see `xds status`)"
+            )
         load = self._load.prior() if report is None else self._load.prior_of(report)
         for _ in range(MAX_TRIES):
             async with self._migrating:

@@ -20,7 +20,7 @@ from xdeepserve.launch.plan import WorkerSpec
 from xdeepserve.launch.run_dir import RunDirectory, living_runs
 from xdeepserve.launch.supervisor.messages import Membership, SavedState
 
-CHOICE_TIMEOUT_S: Final = 2.0
+CHOICE_TIMEOUT_S: Final = 0.2
 """A choice takes milliseconds; who is stuck in one must not keep others from starting."""
 
 _POLL_S: Final = 0.01
@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 def choosing_cores(run: RunDirectory, *, timeout_s: float = CHOICE_TIMEOUT_S) -> Iterator[None]:
     """No other run chooses cores within the block, which ends with what was chosen published.
 
-    It locks the folder that the runs are in, so that no file is left. Blocks; after the timeout it
-    goes on without the lock: two runs with a core in common are slow, not wrong.
+    It locks the folder that the runs are in, so that no file is left. Blocks; after the timeout, or
+    where the folder cannot be locked, it goes on without: two runs with a core in common are slow,
+    not wrong.
 
     Args:
         run: whose workers are placed.
@@ -41,22 +42,25 @@ def choosing_cores(run: RunDirectory, *, timeout_s: float = CHOICE_TIMEOUT_S) ->
     """
     descriptor = os.open(run.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline_s = SYSTEM_CLOCK.monotonic() + timeout_s
-        while not (is_locked := _try_lock(descriptor)) and SYSTEM_CLOCK.monotonic() < deadline_s:
-            time.sleep(_POLL_S)
-        if not is_locked:
-            logger.warning("cores are chosen beside another run that chooses for %g s", timeout_s)
+        _lock(descriptor, timeout_s)
         yield
     finally:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _lock(descriptor: int, timeout_s: float) -> None:
+    deadline_s = SYSTEM_CLOCK.monotonic() + timeout_s
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if SYSTEM_CLOCK.monotonic() < deadline_s:
+                time.sleep(_POLL_S)
+                continue
+            logger.warning("cores are chosen beside another run that chooses for %g s", timeout_s)
+        except OSError as exc:  # not every file system has locks
+            logger.warning("cores are chosen without a lock: %s", exc)
+        return None
 
 
 def pinned(

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import msgspec
@@ -20,6 +21,7 @@ from xdeepserve.control import ControlServer, Peer
 from xdeepserve.eplb import ExpertLoadReport
 from xdeepserve.errors import CapacityError, DeadlineExceeded
 from xdeepserve.launch.background import Background
+from xdeepserve.launch.cores import wants_pinning
 from xdeepserve.launch.fabric import check_scaling
 from xdeepserve.launch.plan import WorkerSpec, counts_of, resolve
 from xdeepserve.launch.process_identity import ProcessIdentity
@@ -151,12 +153,16 @@ class Supervisor:
             counts |= counts_of([name for name, holder in workers.items() if holder is not None])
             self._raise_epochs()
             logger.error("%s is lost; going on with %s", self._run.state_path, counts)
-        with choosing_cores(self._run):
+        with self._choosing_cores():
             self._adopt_plan(counts)
             for member in self._membership.members:
                 self._start_slot(member)
             self._reconcile()
             self._publish()
+
+    def _choosing_cores(self) -> AbstractContextManager[None]:
+        is_wanted = wants_pinning(self._service.deployment)
+        return choosing_cores(self._run) if is_wanted else nullcontext()
 
     def _load_state(self) -> SavedState | None:
         try:
@@ -297,7 +303,7 @@ class Supervisor:
     async def _scale(self, counts: dict[str, int]) -> Membership:
         if self._is_stopping:
             raise CapacityError("the service is stopping; it cannot be scaled")
-        with choosing_cores(self._run):
+        with self._choosing_cores():
             self._adopt_plan({**self._counts, **counts})
             logger.info("scaling to %s", self._counts)
             for name in self._wanted:
