@@ -73,11 +73,13 @@ Weight weight_shape(int dtype, int64_t groups, int64_t n, int64_t k);
 
 // The cache arrays of a layer as the operators see them.
 Cache view_cache(const AnyArray& keys, const AnyArray& values);
+Cache view_latents(const AnyArray& keys);
 void check_gate(const Gate& gate);
 
 void bind_dense(nb::class_<Context>& cls);
 void bind_attention(nb::class_<Context>& cls);
 void bind_choice(nb::class_<Context>& cls);
+void bind_views(nb::module_& m);
 void bind_layer(nb::module_& m, nb::class_<Context>& cls);
 
 // Takes the context for one operator: no other thread runs in it, and Python is free to go on.

@@ -1,8 +1,7 @@
-// Bindings of a layer's parts. Weights, caches and batches are checked once, when their views are
-// made; a call then compares sizes only.
+// Bindings of a layer's parts. A layer is checked once, when its view is made.
 #include "../ops/layer.h"
 
-#include "arrays.h"
+#include "views.h"
 
 namespace xds {
 
@@ -10,84 +9,12 @@ using namespace nb::literals;
 
 namespace {
 
-// A packed weight and the memory it lies in.
-struct WeightView {
-  Bytes data;
-  Weight weight;
-};
-
-struct CacheView {
-  AnyArray keys, values;
-  Cache cache;
-};
-
-// The tokens of a step; `max_*` are the largest entries, which caches and tables must have.
-struct BatchView {
-  Ints1 query_start, seq_lens;
-  Ints2 block_tables;
-  Ints1 positions, slots;
-  int64_t block_size;
-  Batch batch{};
-  int64_t max_block = -1, max_slot = -1, max_position = -1;
-};
-
 struct GqaLayerView {
   std::vector<Floats1> vectors;  // keeps norms and biases alive
   std::vector<WeightView> weights;
   Floats2 rope;
   GqaLayer layer{};
 };
-
-void init_weight(WeightView* self, Bytes data, int dtype, std::tuple<int64_t, int64_t, int64_t> s) {
-  const Weight w = view_weight(data, dtype, std::get<0>(s), std::get<1>(s), std::get<2>(s));
-  new (self) WeightView{std::move(data), w};
-}
-
-void init_cache(CacheView* self, AnyArray keys, AnyArray values) {
-  const Cache cache = view_cache(keys, values);
-  new (self) CacheView{std::move(keys), std::move(values), cache};
-}
-
-int64_t checked_max(const int32_t* values, int64_t count, const char* what) {
-  int64_t max = -1;
-  for (int64_t i = 0; i < count; ++i) max = std::max<int64_t>(max, values[i]);
-  check_range(values, count, 0, max + 1, what);
-  return max;
-}
-
-// Sequence boundaries, and the blocks that each sequence reads.
-void check_context(BatchView& view) {
-  const Batch& batch = view.batch;
-  check_equal(size(view.query_start, 0), batch.sequences + 1, "length of query_start");
-  check_equal(size(view.block_tables, 0), batch.sequences, "number of block tables");
-  check_equal(batch.query_start[0], 0, "query_start[0]");
-  check_equal(batch.query_start[batch.sequences], batch.tokens, "query_start[-1]");
-  for (int64_t b = 0; b < batch.sequences; ++b) {
-    const int64_t rows = batch.query_start[b + 1] - batch.query_start[b];
-    check(rows >= 0, "query_start must not decrease");
-    check(batch.seq_lens[b] >= rows, "seq_lens must count the tokens of this step too");
-    const int64_t blocks = (batch.seq_lens[b] + view.block_size - 1) / view.block_size;
-    check(blocks <= batch.max_blocks, "a block table is too short for its sequence");
-    view.max_block = std::max(
-        view.max_block, checked_max(batch.block_tables + b * batch.max_blocks,
-                                    rows > 0 ? blocks : 0, "block_tables"));
-  }
-}
-
-void init_batch(BatchView* self, Ints1 query_start, Ints1 seq_lens, Ints2 tables, Ints1 positions,
-                Ints1 slots, int64_t block_size) {
-  check(block_size >= 1, "block_size must be positive");
-  const int64_t tokens = size(positions, 0);
-  check_equal(size(slots, 0), tokens, "length of slot_mapping");
-  const Batch batch{tokens,          size(seq_lens, 0), size(tables, 1),  query_start.data(),
-                    seq_lens.data(), tables.data(),     positions.data(), slots.data()};
-  BatchView view{std::move(query_start), std::move(seq_lens), std::move(tables),
-                 std::move(positions),   std::move(slots),    block_size, batch};
-  check_context(view);
-  view.max_slot = checked_max(batch.slots, tokens, "slot_mapping");
-  view.max_position = checked_max(batch.positions, tokens, "positions");
-  new (self) BatchView(std::move(view));
-}
 
 const float* keep(GqaLayerView& view, std::optional<Floats1> vector, int64_t length,
                   const char* what) {
@@ -132,8 +59,7 @@ void init_gqa_layer(GqaLayerView* self, Floats1 input_norm, Floats1 ffn_norm, fl
   check(layer.qkv.n > num_heads * dim && (layer.qkv.n / dim - num_heads) % 2 == 0 &&
             layer.qkv.n % dim == 0,
         "qkv must have rows for all query heads and as many keys as values");
-  check(size(rope, 1) % 2 == 0 && size(rope, 1) <= dim,
-        "rotary_dim must be even and at most the head size");
+  check_rope(rope, dim);
   layer.frame.input_norm = keep(view, input_norm, width, "length of the input norm");
   layer.frame.ffn_norm = keep(view, ffn_norm, width, "length of the FFN norm");
   layer.frame.eps = eps;
@@ -155,21 +81,14 @@ void set_router(GqaLayerView& self, const WeightView& weight, std::optional<Floa
 
 void check_step(const GqaLayerView& layer, const BatchView& batch, const CacheView& kv) {
   const Cache& cache = kv.cache;
+  check_kind(cache, false);
+  check_fits(batch, cache);
+  check_fits(batch, layer.rope, cache.dim);
   check_equal(layer.layer.output.k / layer.layer.num_heads, cache.dim, "head size");
   check_equal(layer.layer.qkv.n, (layer.layer.num_heads + 2 * cache.heads) * cache.dim,
               "output features of qkv");
   check(layer.layer.num_heads % cache.heads == 0,
         "query heads must be a multiple of the kv heads");
-  check_equal(cache.block_size, batch.block_size, "block size of the cache");
-  check(batch.max_block < cache.blocks, "a block table names a block that the cache lacks");
-  check(batch.max_slot < cache.blocks * cache.block_size, "a slot lies outside the cache");
-  check(batch.max_position < size(layer.rope, 0), "a position lies outside the rope table");
-}
-
-void check_rows(const Array<float, 2>& array, int64_t rows, int64_t width, const char* what) {
-  if (size(array, 0) == rows && size(array, 1) == width) return;
-  fail(std::string(what) + " must be [" + std::to_string(rows) + ", " + std::to_string(width) +
-       "]");
 }
 
 void py_gqa_layer(Context& ctx, const GqaLayerView& layer, Floats2 residual,
@@ -217,15 +136,6 @@ void py_routed_experts(Context& ctx, Floats2 x, Ints2 ids, Floats2 weights,
 }  // namespace
 
 void bind_layer(nb::module_& m, nb::class_<Context>& cls) {
-  nb::class_<WeightView>(m, "Weight")
-      .def("__init__", &init_weight, "data"_a.noconvert(), "dtype"_a, "shape"_a);
-  nb::class_<CacheView>(m, "Cache")
-      .def("__init__", &init_cache, "keys"_a.noconvert(), "values"_a.noconvert());
-  nb::class_<BatchView>(m, "Batch")
-      .def("__init__", &init_batch, "query_start"_a.noconvert(), "seq_lens"_a.noconvert(),
-           "block_tables"_a.noconvert(), "positions"_a.noconvert(), "slot_mapping"_a.noconvert(),
-           "block_size"_a)
-      .def_ro("block_size", &BatchView::block_size);
   nb::class_<GqaLayerView>(m, "GqaLayer")
       .def("__init__", &init_gqa_layer, "input_norm"_a.noconvert(), "ffn_norm"_a.noconvert(),
            "eps"_a, "qkv"_a, "qkv_bias"_a.noconvert().none(), "output"_a,

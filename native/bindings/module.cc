@@ -67,6 +67,7 @@ NB_MODULE(_native, m) {
       .def("op_times", &op_times)
       .def("read_bandwidth", &py_read_bandwidth, "bytes"_a, "repeats"_a)
       .def("gemm_peak", &py_gemm_peak, "dtype"_a, "repeats"_a);
+  bind_views(m);
   bind_dense(cls);
   bind_attention(cls);
   bind_choice(cls);

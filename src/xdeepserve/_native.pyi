@@ -14,7 +14,7 @@ class Weight:
     def __init__(self, data: U8, dtype: int, shape: tuple[int, ...]) -> None: ...
 
 class Cache:
-    def __init__(self, keys: Array, values: Array) -> None: ...
+    def __init__(self, keys: Array, values: Array | None) -> None: ...
 
 class Batch:
     def __init__(
@@ -85,38 +85,18 @@ class Context:
         self,
         qkv: F32,
         rope: F32,
-        positions: I32,
-        slot_mapping: I32,
-        keys: Array,
-        values: Array,
+        batch: Batch,
+        kv: Cache,
         q_norm: F32 | None,
         k_norm: F32 | None,
         eps: float,
         q: F32,
     ) -> None: ...
     def rope(self, x: F32, rope: F32, positions: I32, out: F32) -> None: ...
-    def mla_kv_write(self, latent: F32, k_rope: F32, slot_mapping: I32, keys: Array) -> None: ...
-    def paged_attention(
-        self,
-        q: F32,
-        query_start: I32,
-        seq_lens: I32,
-        block_tables: I32,
-        keys: Array,
-        values: Array,
-        scale: float,
-        out: F32,
-    ) -> None: ...
+    def mla_kv_write(self, latent: F32, k_rope: F32, batch: Batch, kv: Cache) -> None: ...
+    def paged_attention(self, q: F32, batch: Batch, kv: Cache, scale: float, out: F32) -> None: ...
     def mla_attention(
-        self,
-        q_latent: F32,
-        q_rope: F32,
-        query_start: I32,
-        seq_lens: I32,
-        block_tables: I32,
-        keys: Array,
-        scale: float,
-        out: F32,
+        self, q_latent: F32, q_rope: F32, batch: Batch, kv: Cache, scale: float, out: F32
     ) -> None: ...
     def gate_topk(
         self,

@@ -38,7 +38,6 @@ try:
         gate_numbers,
         layer_view,
         shape_of,
-        values_of,
         weight_view,
     )
 except ImportError as exc:
@@ -145,15 +144,12 @@ class CpuOps:
         num_heads: int,
         norm: QKNorm | None = None,
     ) -> F32:
-        values = values_of(kv)
-        q = np.empty((qkv.shape[0], num_heads, values.shape[3]), np.float32)
+        q = np.empty((qkv.shape[0], num_heads, kv.k.shape[2]), np.float32)
         self.native.rope_kv_write(
             qkv,
             rope,
-            batch.positions,
-            batch.slot_mapping,
-            kv.k,
-            values,
+            batch_view(batch, kv.block_size),
+            cache_view(kv),
             norm.q_weight if norm else None,
             norm.k_weight if norm else None,
             norm.eps if norm else 0.0,
@@ -163,16 +159,8 @@ class CpuOps:
 
     def paged_attention(self, q: F32, batch: AttentionBatch, kv: KVLayer, *, scale: float) -> F32:
         out = np.empty_like(q)
-        self.native.paged_attention(
-            q,
-            batch.query_start,
-            batch.seq_lens,
-            batch.block_tables,
-            kv.k,
-            values_of(kv),
-            scale,
-            out,
-        )
+        view = batch_view(batch, kv.block_size)
+        self.native.paged_attention(q, view, cache_view(kv), scale, out)
         return out
 
     def rope(self, x: F32, rope: F32, positions: I32) -> F32:
@@ -181,14 +169,15 @@ class CpuOps:
         return out
 
     def mla_kv_write(self, latent: F32, k_rope: F32, batch: AttentionBatch, kv: KVLayer) -> None:
-        self.native.mla_kv_write(latent, k_rope, batch.slot_mapping, kv.k)
+        view = batch_view(batch, kv.block_size)
+        self.native.mla_kv_write(latent, k_rope, view, cache_view(kv))
 
     def mla_attention(
         self, q_latent: F32, q_rope: F32, batch: AttentionBatch, kv: KVLayer, *, scale: float
     ) -> F32:
         out = np.empty_like(q_latent)
-        starts, lens, tables = batch.query_start, batch.seq_lens, batch.block_tables
-        self.native.mla_attention(q_latent, q_rope, starts, lens, tables, kv.k, scale, out)
+        view = batch_view(batch, kv.block_size)
+        self.native.mla_attention(q_latent, q_rope, view, cache_view(kv), scale, out)
         return out
 
     def gqa_layer(

@@ -9,7 +9,6 @@ from typing import Any
 
 from xdeepserve import _native
 from xdeepserve.ops.types import (
-    Array,
     AttentionBatch,
     GateSpec,
     GqaLayer,
@@ -51,21 +50,10 @@ def weight_view(weight: PackedWeight) -> _native.Weight:
     return view
 
 
-def values_of(kv: KVLayer) -> Array:
-    """The value cache.
-
-    Raises:
-        ValueError: a cache of latents has none.
-    """
-    if kv.v is None:
-        raise ValueError("this operator needs a value cache; latent caches go with mla_attention")
-    return kv.v
-
-
 def cache_view(kv: KVLayer) -> _native.Cache:
     """The cache's view."""
     if kv.native is None:
-        _keep(kv, _native.Cache(kv.k, values_of(kv)))
+        _keep(kv, _native.Cache(kv.k, kv.v))
     view: _native.Cache = kv.native
     return view
 

@@ -261,6 +261,36 @@ def test_bad_slots_and_positions_are_refused(cpu: CpuOps, rng: np.random.Generat
             cpu.rope_kv_write(qkv, table, changed, paged.kv, num_heads=2)
 
 
+def test_caches_are_of_keys_and_values_or_of_latents(cpu: CpuOps, rng: np.random.Generator) -> None:
+    paged = make_paged(rng, [(2, 20)], heads=1, dim=8)
+    latents = make_paged(rng, [(2, 20)], heads=1, dim=8, latent=True)
+    q, qkv, table = normal(rng, 2, 2, 8), normal(rng, 2, 4 * 8), rope_table(rng, 30, 8)
+    parts = normal(rng, 2, 2, 6), normal(rng, 2, 2, 2)
+    with pytest.raises(ValueError, match="needs a value cache"):
+        cpu.paged_attention(q, latents.batch, latents.kv, scale=1.0)
+    with pytest.raises(ValueError, match="needs a value cache"):
+        cpu.rope_kv_write(qkv, table, latents.batch, latents.kv, num_heads=2)
+    with pytest.raises(ValueError, match="from the latents"):
+        cpu.mla_attention(*parts, paged.batch, paged.kv, scale=1.0)
+    with pytest.raises(ValueError, match="from the latents"):
+        cpu.mla_kv_write(*(part[:, 0].copy() for part in parts), paged.batch, paged.kv)
+
+
+def test_rows_are_those_of_the_batch(cpu: CpuOps, rng: np.random.Generator) -> None:
+    paged = make_paged(rng, [(2, 20)], heads=1, dim=8)
+    latents = make_paged(rng, [(2, 20)], heads=1, dim=8, latent=True)
+    qkv, table = normal(rng, 3, 4 * 8), rope_table(rng, 30, 8)
+    parts = normal(rng, 3, 2, 6), normal(rng, 3, 2, 2)
+    with pytest.raises(ValueError, match="rows of q is 3; it must be 2"):
+        cpu.paged_attention(normal(rng, 3, 2, 8), paged.batch, paged.kv, scale=1.0)
+    with pytest.raises(ValueError, match="rows of qkv is 3; it must be 2"):
+        cpu.rope_kv_write(qkv, table, paged.batch, paged.kv, num_heads=2)
+    with pytest.raises(ValueError, match="rows of q_latent is 3; it must be 2"):
+        cpu.mla_attention(*parts, latents.batch, latents.kv, scale=1.0)
+    with pytest.raises(ValueError, match="rows of latent is 3; it must be 2"):
+        cpu.mla_kv_write(*(part[:, 0].copy() for part in parts), latents.batch, latents.kv)
+
+
 def test_read_only_cache_is_not_written(cpu: CpuOps, rng: np.random.Generator) -> None:
     paged = make_paged(rng, [(2, 20)], heads=1, dim=8)
     paged.kv.k.flags.writeable = False

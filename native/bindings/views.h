@@ -1,0 +1,47 @@
+// What the backend keeps with weights, caches and batches: checked once, when the view is made. A
+// call then compares sizes only.
+#pragma once
+
+#include "arrays.h"
+
+namespace xds {
+
+// A packed weight and the memory it lies in.
+struct WeightView {
+  Bytes data;
+  Weight weight;
+};
+
+// The cache of a layer; of latents, if it has no values.
+struct CacheView {
+  AnyArray keys;
+  std::optional<AnyArray> values;
+  Cache cache;
+};
+
+// The tokens of a step; `max_*` are the largest entries, which caches and tables must have.
+struct BatchView {
+  Ints1 query_start, seq_lens;
+  Ints2 block_tables;
+  Ints1 positions, slots;
+  int64_t block_size;
+  Batch batch{};
+  int64_t max_block = -1, max_slot = -1, max_position = -1;
+};
+
+// Everything that block tables and slots name lies in the cache, so that kernels never leave it.
+void check_fits(const BatchView& batch, const Cache& cache);
+// Every position has a row of the rope table, which rotates heads of `dim`.
+void check_fits(const BatchView& batch, const Floats2& rope, int64_t dim);
+void check_rope(const Floats2& rope, int64_t dim);
+// A cache of keys and values, or one of latents.
+void check_kind(const Cache& cache, bool latents);
+
+inline void check_rows(const Array<float, 2>& array, int64_t rows, int64_t width,
+                       const char* what) {
+  if (size(array, 0) == rows && size(array, 1) == width) return;
+  fail(std::string(what) + " must be [" + std::to_string(rows) + ", " + std::to_string(width) +
+       "]");
+}
+
+}  // namespace xds
