@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from benchmarks.operators import attention_cases, cases, expert_cases
+from benchmarks.operators import attention_cases, cases, expert_cases, layer_cases
 from benchmarks.operators.case import Case, Sizes
 
 from xdeepserve.models.spec import ModelSpec
@@ -25,11 +25,13 @@ CASES: Final[dict[str, Callable[[ModelSpec, Sizes], Iterator[Case]]]] = {
     "rope": attention_cases.rope,
     "mla_kv_write": attention_cases.mla_kv_write,
     "mla_attention": attention_cases.mla_attention,
-    "gqa_layer": attention_cases.gqa_layer,
+    "gqa_layer": layer_cases.gqa_layer,
+    "mla_layer": layer_cases.mla_layer,
     "gate_topk": expert_cases.gate_topk,
     "expert_mlp": expert_cases.expert_mlp,
     "combine_topk": expert_cases.combine_topk,
     "routed_experts": expert_cases.routed_experts,
+    "decoder_layers": layer_cases.decoder_layers,
     "lm_head": cases.lm_head,
     "penalize": cases.penalize,
     "sample": cases.sample,
@@ -42,7 +44,10 @@ WITHOUT_TORCH: Final = {
     "grouped_linear": "torch's batched product has float and bf16 weights only",
     "rope_kv_write": "torch has no paged cache",
     "mla_kv_write": "torch has no paged cache",
-    "gqa_layer": "no single operator; its parts are beside torch one by one",
+    **dict.fromkeys(
+        ("gqa_layer", "mla_layer", "decoder_layers"),
+        "no single operator; its parts are beside torch one by one",
+    ),
     "penalize": "torch has no such operator",
 }
 """Why the torch column of an operator is empty, in all its cases or in some."""

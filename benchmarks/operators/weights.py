@@ -32,7 +32,7 @@ def first_linear(model: ModelSpec) -> tuple[str, Shape]:
 
 
 def grouped_weights(model: ModelSpec) -> Iterator[tuple[str, Shape]]:
-    """MLA's matrices of each head; see `MlaAttention`."""
+    """MLA's matrices of each head; see `MlaLayer`."""
     spec = model.attention
     if isinstance(spec, GqaSpec):
         return

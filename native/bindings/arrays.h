@@ -81,6 +81,7 @@ void bind_attention(nb::class_<Context>& cls);
 void bind_choice(nb::class_<Context>& cls);
 void bind_views(nb::module_& m);
 void bind_layer(nb::module_& m, nb::class_<Context>& cls);
+void bind_stack(nb::module_& m, nb::class_<Context>& cls);
 
 // Takes the context for one operator: no other thread runs in it, and Python is free to go on.
 class Turn {

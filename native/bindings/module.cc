@@ -72,6 +72,7 @@ NB_MODULE(_native, m) {
   bind_attention(cls);
   bind_choice(cls);
   bind_layer(m, cls);
+  bind_stack(m, cls);
 }
 
 }  // namespace xds

@@ -2,6 +2,7 @@
 // call then compares sizes only.
 #pragma once
 
+#include "../ops/layer.h"
 #include "arrays.h"
 
 namespace xds {
@@ -28,6 +29,36 @@ struct BatchView {
   Batch batch{};
   int64_t max_block = -1, max_slot = -1, max_position = -1;
 };
+
+// What keeps the memory of a layer's norms, biases and weights alive.
+struct Kept {
+  std::vector<Floats1> vectors;
+  std::vector<WeightView> weights;
+
+  // The vector's data, null if there is none; it must have `length` entries.
+  const float* vector(const std::optional<Floats1>& vector, int64_t length, const char* what);
+  // A weight of one group.
+  const Weight& plain(const WeightView& weight);
+  const Weight& weight(const WeightView& weight);
+};
+
+// Norms and router.
+struct FrameView {
+  Kept kept;
+  int64_t width;
+  LayerFrame frame{};
+};
+
+// The attention side of a layer.
+struct LayerView {
+  FrameView frame;
+  Kept kept;
+  Floats2 rope;
+  AttentionLayer layer;
+};
+
+// The batch and the cache go with the layer.
+void check_step(const LayerView& layer, const BatchView& batch, const CacheView& kv);
 
 // Everything that block tables and slots name lies in the cache, so that kernels never leave it.
 void check_fits(const BatchView& batch, const Cache& cache);

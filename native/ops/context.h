@@ -49,6 +49,7 @@ struct Context {
   Scratch row_scales;
   Scratch hidden;
   Scratch rows;
+  Scratch stack;        // between the layers of stack.cc
   Scratch layer;        // between the operators of layer.cc
   Scratch permutation;
   std::vector<Scratch> thread_scratch;

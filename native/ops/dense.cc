@@ -1,13 +1,12 @@
 // Linear layers, norms and feed-forward networks: the split of the work over threads.
 #include <algorithm>
 
+#include "for_rows.h"
 #include "gemm.h"
 #include "ops.h"
 
 namespace xds {
 namespace {
-
-constexpr int64_t kSmallWork = 16384;  // elements below which waking threads costs more than it saves
 
 // Rows as panel_gemm reads them.
 struct Activations {
@@ -27,19 +26,6 @@ struct Product {
   float* c;  // null when a sink takes the products
   int64_t c_stride;
 };
-
-template <class Body>
-void for_rows(Context& ctx, int64_t rows, int64_t width, Body&& body) {
-  if (rows * width < kSmallWork) {
-    for (int64_t row = 0; row < rows; ++row) body(row, 0);
-    return;
-  }
-  const int64_t chunk = std::max<int64_t>(1, kSmallWork / 4 / std::max<int64_t>(1, width));
-  ctx.pool.for_each((rows + chunk - 1) / chunk, [&](int64_t item, int thread) {
-    const int64_t end = std::min(rows, (item + 1) * chunk);
-    for (int64_t row = item * chunk; row < end; ++row) body(row, thread);
-  });
-}
 
 // Bytes of a prepared row of n activations.
 int64_t row_bytes(const Kernels& kernels, DType dtype, int64_t n) {
@@ -216,6 +202,13 @@ void add_rms_norm(Context& ctx, const float* residual, const float* x, const flo
     const int64_t at = row * n;
     ctx.kernels.add_row(residual + at, x + at, n, sum + at);
     ctx.kernels.rms_norm_row(sum + at, weight, n, eps, out + at);
+  });
+}
+
+void add_rows(Context& ctx, const float* a, const float* b, int64_t rows, int64_t n, float* out) {
+  const Timed timed(ctx.times, Op::kAdd);
+  for_rows(ctx, rows, n, [&](int64_t row, int) {
+    ctx.kernels.add_row(a + row * n, b + row * n, n, out + row * n);
   });
 }
 

@@ -8,16 +8,16 @@
 namespace xds {
 
 enum class Op {
-  kEmbed, kLinear, kLmHead, kGroupedLinear, kNorm, kAddNorm, kQuantize, kExpertMlp, kRopeKvWrite, kRope,
-  kMlaKvWrite, kPagedAttention, kMlaAttention, kGate, kPermute, kCombine, kSample, kLogprobs,
-  kCount
+  kEmbed, kLinear, kLmHead, kGroupedLinear, kNorm, kAddNorm, kAdd, kQuantize, kExpertMlp,
+  kRopeKvWrite, kRope, kMlaSplit, kMlaKvWrite, kPagedAttention, kMlaAttention, kGate, kPermute, kCombine,
+  kSample, kLogprobs, kCount
 };
 
 inline constexpr const char* kOpNames[] = {
     "embed",           "linear",        "lm_head",       "grouped_linear", "rms_norm",
-    "add_rms_norm",    "quantize_rows", "expert_mlp",    "rope_kv_write",  "rope",
-    "mla_kv_write",    "paged_attention", "mla_attention", "gate_topk",    "permute",
-    "combine_topk",    "sample",        "top_logprobs"};
+    "add_rms_norm",    "add_rows",      "quantize_rows", "expert_mlp",     "rope_kv_write",
+    "rope",            "mla_split",     "mla_kv_write",  "paged_attention", "mla_attention",
+    "gate_topk",       "permute",       "combine_topk",  "sample",         "top_logprobs"};
 static_assert(sizeof kOpNames / sizeof *kOpNames == static_cast<int>(Op::kCount));
 
 struct OpTimes {

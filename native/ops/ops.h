@@ -31,6 +31,8 @@ void rms_norm(Context& ctx, const float* x, const float* weight, int64_t rows, i
               float* out);
 void add_rms_norm(Context& ctx, const float* residual, const float* x, const float* weight,
                   int64_t rows, int64_t n, float eps, float* sum, float* out);
+// out = a + b, which may be one of them.
+void add_rows(Context& ctx, const float* a, const float* b, int64_t rows, int64_t n, float* out);
 void quantize_rows(Context& ctx, const float* x, int64_t rows, int64_t n, int8_t* out,
                    float* scales);
 // counts [gate_up.groups] are rows per expert and sum to the rows of x; one group = plain SwiGLU.

@@ -29,25 +29,52 @@ class Batch:
     @property
     def block_size(self) -> int: ...
 
-class GqaLayer:
-    def __init__(
-        self,
-        input_norm: F32,
-        ffn_norm: F32,
-        eps: float,
-        qkv: Weight,
-        qkv_bias: F32 | None,
-        output: Weight,
-        output_bias: F32 | None,
-        q_norm: F32 | None,
-        k_norm: F32 | None,
-        norm_eps: float,
-        rope: F32,
-        num_heads: int,
-        scale: float,
-    ) -> None: ...
+class Frame:
+    def __init__(self, input_norm: F32, ffn_norm: F32, eps: float) -> None: ...
     def set_router(
         self, weight: Weight, bias: F32 | None, gate: tuple[int, bool, bool, int, int, float]
+    ) -> None: ...
+
+class Layer: ...
+
+def gqa_layer(
+    frame: Frame,
+    qkv: Weight,
+    qkv_bias: F32 | None,
+    output: Weight,
+    output_bias: F32 | None,
+    q_norm: F32 | None,
+    k_norm: F32 | None,
+    norm_eps: float,
+    rope: F32,
+    num_heads: int,
+    scale: float,
+) -> Layer: ...
+def mla_layer(
+    frame: Frame,
+    latents: Weight,
+    latents_bias: F32 | None,
+    query: Weight | None,
+    query_norm: F32 | None,
+    latent_norm: F32,
+    norm_eps: float,
+    key_absorb: Weight,
+    value_absorb: Weight,
+    output: Weight,
+    output_bias: F32 | None,
+    rope: F32,
+    scale: float,
+) -> Layer: ...
+
+class Stack:
+    def __init__(self) -> None: ...
+    def add_layer(
+        self,
+        attention: Layer,
+        gate_up: Weight | None,
+        down: Weight | None,
+        experts_gate_up: Weight | None,
+        experts_down: Weight | None,
     ) -> None: ...
 
 class Context:
@@ -131,9 +158,9 @@ class Context:
     def top_logprobs(
         self, logits: F32, token_ids: I32, chosen: F32, top_ids: I32, top_values: F32
     ) -> None: ...
-    def gqa_layer(
+    def attention_layer(
         self,
-        layer: GqaLayer,
+        layer: Layer,
         residual: F32,
         ffn_output: F32 | None,
         batch: Batch,
@@ -151,4 +178,7 @@ class Context:
         gate_up: Weight,
         down: Weight,
         out: F32,
+    ) -> None: ...
+    def decoder_layers(
+        self, stack: Stack, hidden_states: F32, batch: Batch, caches: list[Cache], out: F32
     ) -> None: ...

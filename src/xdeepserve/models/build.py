@@ -14,16 +14,8 @@ from xdeepserve.models.families import family_of
 from xdeepserve.models.mtp import MtpUnit
 from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.models.rope import rope_table
-from xdeepserve.models.spec import GqaSpec, ModelSpec
-from xdeepserve.models.units import (
-    AttentionUnit,
-    EmbeddingUnit,
-    ExpertUnit,
-    FfnUnit,
-    GqaUnit,
-    HeadUnit,
-    MlaUnit,
-)
+from xdeepserve.models.spec import ModelSpec
+from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
 from xdeepserve.models.weights import Weights
 from xdeepserve.ops import F32, Array, LayerFrame, Ops, Router, WeightDtype
 from xdeepserve.ops.quant import to_bf16
@@ -142,9 +134,7 @@ class ModelBuilder:
             norm_eps=spec.norm_eps,
             router=self._router(idx),
         )
-        if isinstance(spec.attention, GqaSpec):
-            return GqaUnit(self._ops, builder.gqa(spec.attention, frame))
-        return MlaUnit(self._ops, builder.mla(spec.attention), frame)
+        return AttentionUnit(self._ops, builder.layer(spec.attention, frame))
 
     def ffn(self, idx: int) -> FfnUnit | None:
         """The dense MLP or the shared experts of layer `idx`; None where there is neither."""

@@ -7,13 +7,16 @@ Projections that read the same input are stacked into one matrix. DeepSeek's rot
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 
-from xdeepserve.models.attention import MlaAttention
 from xdeepserve.models.spec import GqaSpec, MlaSpec
 from xdeepserve.models.weights import Weights
-from xdeepserve.ops import F32, GqaLayer, LayerFrame, PackedWeight, QKNorm
+from xdeepserve.ops import F32, AttentionLayer, GqaLayer, LayerFrame, MlaLayer, PackedWeight, QKNorm
+
+LATENT_NORM_EPS: Final = 1e-6
+"""Of latent attention's inner norms: fixed by the architecture, whatever rms_norm_eps says."""
 
 
 class AttentionBuilder:
@@ -28,6 +31,10 @@ class AttentionBuilder:
         self._rope = rope
         self._ours = f"layers.{layer_idx}.attention"
         self._theirs = f"model.layers.{layer_idx}.self_attn"
+
+    def layer(self, spec: GqaSpec | MlaSpec, frame: LayerFrame) -> AttentionLayer:
+        """The attention that the model has."""
+        return self.gqa(spec, frame) if isinstance(spec, GqaSpec) else self.mla(spec, frame)
 
     def gqa(self, spec: GqaSpec, frame: LayerFrame) -> GqaLayer:
         """Grouped-query attention: q, k and v in one matrix."""
@@ -56,24 +63,26 @@ class AttentionBuilder:
             scale=spec.scale,
         )
 
-    def mla(self, spec: MlaSpec) -> MlaAttention:
+    def mla(self, spec: MlaSpec, frame: LayerFrame) -> MlaLayer:
         """Latent attention in absorbed form."""
         query = query_norm = None
         if spec.q_lora_rank is not None:
             query = self._load("query", lambda: self._query_rows(spec, "q_b_proj"))
             query_norm = self._vector("query_norm", "q_a_layernorm", spec.q_lora_rank)
-        return MlaAttention(
-            spec=spec,
-            rope=self._rope,
+        return MlaLayer(
+            frame=frame,
             latents=self._load("latents", lambda: self._latent_rows(spec)),
             latents_bias=self._latents_bias(spec) if spec.bias else None,
             query=query,
             query_norm=query_norm,
             latent_norm=self._vector("latent_norm", "kv_a_layernorm", spec.kv_lora_rank),
+            norm_eps=LATENT_NORM_EPS,
             key_absorb=self._absorb(spec, "key_absorb"),
             value_absorb=self._absorb(spec, "value_absorb"),
             output=self._output(spec.num_heads * spec.v_head_dim),
             output_bias=self._output_bias() if spec.bias else None,
+            rope=self._rope,
+            scale=spec.scale,
         )
 
     def _latent_rows(self, spec: MlaSpec) -> F32:

@@ -8,18 +8,15 @@ A unit holds its own packed weights and nothing else, so each can live in anothe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from xdeepserve.models.attention import MlaAttention
 from xdeepserve.ops import (
     F32,
     I32,
     Array,
     AttentionBatch,
+    AttentionLayer,
     AttentionOutput,
-    GqaLayer,
     KVLayer,
-    LayerFrame,
     Ops,
     PackedWeight,
     composed,
@@ -38,62 +35,18 @@ class EmbeddingUnit:
         return self.ops.embed(self.table, token_ids)
 
 
-class AttentionUnit(Protocol):
+@dataclass(frozen=True, slots=True)
+class AttentionUnit:
     """Everything of a layer up to its FFN: norms, attention, residual adds, router."""
 
-    @property
-    def frame(self) -> LayerFrame:
-        """Norms and router."""
-        ...
-
-    def __call__(
-        self, residual: F32, ffn_output: F32 | None, batch: AttentionBatch, kv: KVLayer
-    ) -> AttentionOutput:
-        """Run the layer's attention.
-
-        Args:
-            residual: [T, H] residual stream before the previous layer's FFN output was added.
-            ffn_output: [T, H] of the previous layer; None for the first layer.
-            batch: which tokens these are and where their KV lives.
-            kv: this layer's cache; this step's tokens are written.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class GqaUnit:
-    """An AttentionUnit with grouped-query attention."""
-
     ops: Ops
-    layer: GqaLayer
-
-    @property
-    def frame(self) -> LayerFrame:
-        """See AttentionUnit."""
-        return self.layer.frame
+    layer: AttentionLayer
 
     def __call__(
         self, residual: F32, ffn_output: F32 | None, batch: AttentionBatch, kv: KVLayer
     ) -> AttentionOutput:
-        """See AttentionUnit."""
-        return self.ops.gqa_layer(self.layer, residual, ffn_output, batch, kv)
-
-
-@dataclass(frozen=True, slots=True)
-class MlaUnit:
-    """An AttentionUnit with latent attention."""
-
-    ops: Ops
-    attention: MlaAttention
-    frame: LayerFrame
-
-    def __call__(
-        self, residual: F32, ffn_output: F32 | None, batch: AttentionBatch, kv: KVLayer
-    ) -> AttentionOutput:
-        """See AttentionUnit."""
-        residual, normed = composed.enter(self.ops, self.frame, residual, ffn_output)
-        attended = self.attention(self.ops, normed, batch, kv)
-        return composed.leave(self.ops, self.frame, residual, attended)
+        """Run the layer's attention; see `Ops.gqa_layer`."""
+        return composed.attention_layer(self.ops, self.layer, residual, ffn_output, batch, kv)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ reduction, whatever the batch, the tile or the number of threads. Shape letters 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from xdeepserve.ops.types import (
@@ -15,9 +16,11 @@ from xdeepserve.ops.types import (
     Array,
     AttentionBatch,
     AttentionOutput,
+    DecoderStack,
     GateSpec,
     GqaLayer,
     KVLayer,
+    MlaLayer,
     PackedWeight,
     Penalties,
     QKNorm,
@@ -146,6 +149,17 @@ class Ops(Protocol):
         """
         ...
 
+    def mla_layer(
+        self,
+        layer: MlaLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: AttentionBatch,
+        kv: KVLayer,
+    ) -> AttentionOutput:
+        """As gqa_layer, with latent attention; equals `composed.mla_layer` bit for bit."""
+        ...
+
     # -- experts --------------------------------------------------------------------------------
 
     def gate_topk(self, logits: F32, spec: GateSpec, bias: F32 | None = None) -> tuple[I32, F32]:
@@ -180,6 +194,28 @@ class Ops(Protocol):
         """[T, H]: all experts of the tokens x [T, H], added up; topk_ids [T, K], -1 = skip.
 
         Equals `composed.routed_experts` bit for bit.
+        """
+        ...
+
+    # -- all of it -------------------------------------------------------------------------------
+
+    def decoder_layers(
+        self,
+        stack: DecoderStack,
+        hidden_states: F32,
+        batch: AttentionBatch,
+        kv_layers: Sequence[KVLayer],
+    ) -> F32:
+        """[T, H]: hidden_states [T, H] through all layers, FFNs and experts included.
+
+        Equals `composed.decoder_layers` bit for bit. Nobody can look between the layers; the GIL
+        is released once for all of them.
+
+        Args:
+            stack: the layers.
+            hidden_states: the embedded tokens; left as they are.
+            batch: which tokens these are and where their KV lives.
+            kv_layers: the cache of each layer; this step's tokens are written.
         """
         ...
 

@@ -6,6 +6,7 @@ Only shapes outputs and calls the compiled core, which checks every argument and
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,10 +19,13 @@ from xdeepserve.ops.types import (
     U8,
     Array,
     AttentionBatch,
+    AttentionLayer,
     AttentionOutput,
+    DecoderStack,
     GateSpec,
     GqaLayer,
     KVLayer,
+    MlaLayer,
     PackedWeight,
     Penalties,
     QKNorm,
@@ -38,6 +42,7 @@ try:
         gate_numbers,
         layer_view,
         shape_of,
+        stack_view,
         weight_view,
     )
 except ImportError as exc:
@@ -188,14 +193,32 @@ class CpuOps:
         batch: AttentionBatch,
         kv: KVLayer,
     ) -> AttentionOutput:
-        num_tokens = residual.shape[0]
+        return self._attention_layer(layer, residual, ffn_output, batch, kv)
+
+    def mla_layer(
+        self,
+        layer: MlaLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: AttentionBatch,
+        kv: KVLayer,
+    ) -> AttentionOutput:
+        return self._attention_layer(layer, residual, ffn_output, batch, kv)
+
+    def _attention_layer(
+        self,
+        layer: AttentionLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: AttentionBatch,
+        kv: KVLayer,
+    ) -> AttentionOutput:
         total, hidden = np.empty_like(residual), np.empty_like(residual)
         ids = weights = None
         if layer.frame.router is not None:
-            top_k = layer.frame.router.spec.top_k
-            ids = np.empty((num_tokens, top_k), np.int32)
-            weights = np.empty((num_tokens, top_k), np.float32)
-        self.native.gqa_layer(
+            shape = (residual.shape[0], layer.frame.router.spec.top_k)
+            ids, weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        self.native.attention_layer(
             layer_view(layer),
             residual,
             ffn_output,
@@ -251,6 +274,21 @@ class CpuOps:
         self.native.routed_experts(
             x, topk_ids, topk_weights, weight_view(gate_up), weight_view(down), out
         )
+        return out
+
+    # -- all of it -------------------------------------------------------------------------------
+
+    def decoder_layers(
+        self,
+        stack: DecoderStack,
+        hidden_states: F32,
+        batch: AttentionBatch,
+        kv_layers: Sequence[KVLayer],
+    ) -> F32:
+        out = np.empty_like(hidden_states)
+        view = batch_view(batch, kv_layers[0].block_size)
+        caches = [cache_view(kv) for kv in kv_layers]
+        self.native.decoder_layers(stack_view(stack), hidden_states, view, caches, out)
         return out
 
     # -- next token -----------------------------------------------------------------------------

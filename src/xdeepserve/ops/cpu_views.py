@@ -10,9 +10,14 @@ from typing import Any
 from xdeepserve import _native
 from xdeepserve.ops.types import (
     AttentionBatch,
+    AttentionLayer,
+    DecoderStack,
     GateSpec,
     GqaLayer,
     KVLayer,
+    LayerFrame,
+    MlaLayer,
+    Mlp,
     PackedWeight,
     WeightDtype,
 )
@@ -74,12 +79,24 @@ def batch_view(batch: AttentionBatch, block_size: int) -> _native.Batch:
     return kept
 
 
-def layer_view(layer: GqaLayer) -> _native.GqaLayer:
+def layer_view(layer: AttentionLayer) -> _native.Layer:
     """The layer's view."""
     if layer.native is None:
-        _keep(layer, _make_layer(layer))
-    view: _native.GqaLayer = layer.native
+        _keep(layer, _make_gqa(layer) if isinstance(layer, GqaLayer) else _make_mla(layer))
+    view: _native.Layer = layer.native
     return view
+
+
+def stack_view(stack: DecoderStack) -> _native.Stack:
+    """The view of all layers."""
+    if stack.native is None:
+        view = _native.Stack()
+        for layer in stack.layers:
+            attention = layer_view(layer.attention)
+            view.add_layer(attention, *_mlp_views(layer.ffn), *_mlp_views(layer.experts))
+        _keep(stack, view)
+    kept: _native.Stack = stack.native
+    return kept
 
 
 def gate_numbers(spec: GateSpec) -> _Gate:
@@ -95,12 +112,19 @@ def gate_numbers(spec: GateSpec) -> _Gate:
     return (spec.top_k, is_sigmoid, spec.renormalize, *groups, spec.scaling)
 
 
-def _make_layer(layer: GqaLayer) -> _native.GqaLayer:
-    frame, norm = layer.frame, layer.norm
-    view = _native.GqaLayer(
-        frame.input_norm,
-        frame.ffn_norm,
-        frame.norm_eps,
+def _make_frame(frame: LayerFrame) -> _native.Frame:
+    view = _native.Frame(frame.input_norm, frame.ffn_norm, frame.norm_eps)
+    router = frame.router
+    if router is not None:
+        weight = weight_view(router.weight)
+        view.set_router(weight, router.correction_bias, gate_numbers(router.spec))
+    return view
+
+
+def _make_gqa(layer: GqaLayer) -> _native.Layer:
+    norm = layer.norm
+    return _native.gqa_layer(
+        _make_frame(layer.frame),
         weight_view(layer.qkv),
         layer.qkv_bias,
         weight_view(layer.output),
@@ -112,11 +136,28 @@ def _make_layer(layer: GqaLayer) -> _native.GqaLayer:
         layer.num_heads,
         layer.scale,
     )
-    router = frame.router
-    if router is not None:
-        weight = weight_view(router.weight)
-        view.set_router(weight, router.correction_bias, gate_numbers(router.spec))
-    return view
+
+
+def _make_mla(layer: MlaLayer) -> _native.Layer:
+    return _native.mla_layer(
+        _make_frame(layer.frame),
+        weight_view(layer.latents),
+        layer.latents_bias,
+        None if layer.query is None else weight_view(layer.query),
+        layer.query_norm,
+        layer.latent_norm,
+        layer.norm_eps,
+        weight_view(layer.key_absorb),
+        weight_view(layer.value_absorb),
+        weight_view(layer.output),
+        layer.output_bias,
+        layer.rope,
+        layer.scale,
+    )
+
+
+def _mlp_views(mlp: Mlp | None) -> tuple[_native.Weight | None, _native.Weight | None]:
+    return (None, None) if mlp is None else (weight_view(mlp.gate_up), weight_view(mlp.down))
 
 
 def _keep(owner: Any, view: object) -> None:

@@ -5,6 +5,8 @@ Obvious before fast. Rows are computed one at a time, so a result never depends 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from xdeepserve.ops import composed
@@ -19,9 +21,11 @@ from xdeepserve.ops.types import (
     Array,
     AttentionBatch,
     AttentionOutput,
+    DecoderStack,
     GateSpec,
     GqaLayer,
     KVLayer,
+    MlaLayer,
     PackedWeight,
     Penalties,
     QKNorm,
@@ -109,6 +113,16 @@ class ReferenceOps:
     ) -> AttentionOutput:
         return composed.gqa_layer(self, layer, residual, ffn_output, batch, kv)
 
+    def mla_layer(
+        self,
+        layer: MlaLayer,
+        residual: F32,
+        ffn_output: F32 | None,
+        batch: AttentionBatch,
+        kv: KVLayer,
+    ) -> AttentionOutput:
+        return composed.mla_layer(self, layer, residual, ffn_output, batch, kv)
+
     def gate_topk(self, logits: F32, spec: GateSpec, bias: F32 | None = None) -> tuple[I32, F32]:
         ids = np.empty((logits.shape[0], spec.top_k), np.int32)
         weights = np.empty((logits.shape[0], spec.top_k), np.float32)
@@ -150,6 +164,15 @@ class ReferenceOps:
         self, x: F32, topk_ids: I32, topk_weights: F32, gate_up: PackedWeight, down: PackedWeight
     ) -> F32:
         return composed.routed_experts(self, x, topk_ids, topk_weights, gate_up, down)
+
+    def decoder_layers(
+        self,
+        stack: DecoderStack,
+        hidden_states: F32,
+        batch: AttentionBatch,
+        kv_layers: Sequence[KVLayer],
+    ) -> F32:
+        return composed.decoder_layers(self, stack, hidden_states, batch, kv_layers)
 
     def lm_head(self, x: F32, weight: PackedWeight, num_greedy: int) -> tuple[I32, F32]:
         logits = self.linear(x, weight)

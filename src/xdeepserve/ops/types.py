@@ -230,6 +230,82 @@ class GqaLayer:
     native: Any = field(default=None, init=False, repr=False)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MlaLayer:
+    """The attention side of a layer with latent attention, always absorbed.
+
+    Queries go to the latent space (size R), values come back; Dn entries of a head's query are
+    plain, Dr are rotated. One form for prefill and decode keeps a row's result independent of
+    chunking. Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2.
+
+    Attributes:
+        frame: norms and router.
+        latents: [1, Q + R + Dr, H]: the query projection (down to a low rank Q, or straight to the
+            heads), then the projection to latent and rotary key.
+        latents_bias: [Q + R + Dr] or None.
+        query: [1, Hq * (Dn + Dr), Q]; None when `latents` already gives the heads.
+        query_norm: [Q]; None as `query`.
+        latent_norm: [R].
+        norm_eps: of query_norm and latent_norm.
+        key_absorb: [Hq, R, Dn], query -> latent space.
+        value_absorb: [Hq, Dv, R], latent -> value.
+        output: [1, H, Hq * Dv].
+        output_bias: [H] or None.
+        rope: [max_positions, Dr] table, shared by all layers.
+        scale: of the scores.
+        native: the backend's own form of it, made at its first use.
+    """
+
+    frame: LayerFrame
+    latents: PackedWeight
+    latents_bias: F32 | None
+    query: PackedWeight | None
+    query_norm: F32 | None
+    latent_norm: F32
+    norm_eps: float
+    key_absorb: PackedWeight
+    value_absorb: PackedWeight
+    output: PackedWeight
+    output_bias: F32 | None
+    rope: F32
+    scale: float
+    native: Any = field(default=None, init=False, repr=False)
+
+
+AttentionLayer = GqaLayer | MlaLayer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mlp:
+    """SwiGLU weights: gate_up [E, 2I, H], gate first, and down [E, H, I]; E = 1 but for experts."""
+
+    gate_up: PackedWeight
+    down: PackedWeight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderLayer:
+    """A whole layer.
+
+    Attributes:
+        attention: all before the FFN; it has a router just where there are experts.
+        ffn: dense, or all shared experts as one; None = the layer has experts only.
+        experts: all routed experts; None on a dense layer.
+    """
+
+    attention: AttentionLayer
+    ffn: Mlp | None
+    experts: Mlp | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderStack:
+    """At least one layer, all in this process. native: the backend's own form, as elsewhere."""
+
+    layers: tuple[DecoderLayer, ...]
+    native: Any = field(default=None, init=False, repr=False)
+
+
 class AttentionOutput(NamedTuple):
     """What a layer's attention hands on.
 

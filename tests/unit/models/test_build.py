@@ -113,10 +113,10 @@ def test_precision_of_each_weight() -> None:
     layer = model.layers[1]
     assert layer.experts is not None
     assert layer.ffn is not None
-    assert layer.attention.frame.router is not None
+    assert layer.attention.layer.frame.router is not None
     assert layer.experts.gate_up.dtype is WeightDtype.INT8
     assert layer.ffn.down.dtype is WeightDtype.INT8
-    assert layer.attention.frame.router.weight.dtype is WeightDtype.FLOAT32
+    assert layer.attention.layer.frame.router.weight.dtype is WeightDtype.FLOAT32
     assert model.embedding.table.dtype == np.uint16
     assert build(toy_checkpoint("llama")).embedding.table.dtype == np.float32
 

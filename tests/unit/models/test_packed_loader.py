@@ -35,7 +35,7 @@ def fingerprint(model: Model) -> bytes:
     last = model.layers[-1]
     assert last.ffn is not None
     parts = [model.embedding.table, model.head.lm_head.data, last.ffn.down.data]
-    return b"".join(part.tobytes() for part in [*parts, last.attention.frame.ffn_norm])
+    return b"".join(part.tobytes() for part in [*parts, last.attention.layer.frame.ffn_norm])
 
 
 def only_pack(cache: Path) -> Path:
