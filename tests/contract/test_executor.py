@@ -12,8 +12,6 @@ from xdeepserve.config import EngineConfig
 from xdeepserve.flowserve.executor import Executor, InProcExecutor
 from xdeepserve.flowserve.scheduler import Scheduler
 from xdeepserve.testing.scripted_executor import ScriptedExecutor
-from xdeepserve.transformerless.local_transport import LocalTransport
-from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.stage_times import StageTimes
 
 CONFIG = make_config(max_num_batched_tokens=8)
@@ -27,7 +25,7 @@ def in_proc(config: EngineConfig, num_microbatches: int = 1) -> Executor:
     model = toy_model("glm4_moe")
     return InProcExecutor(
         model=model,
-        transport=LocalTransport(partition(model), stage_times=StageTimes()),
+        transport=None,
         stage_times=StageTimes(),
         num_blocks=config.num_kv_blocks,
         block_size=config.block_size,

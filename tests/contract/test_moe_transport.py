@@ -14,10 +14,7 @@ from xdeepserve.models.decoder import Model, local_ffn
 from xdeepserve.models.moe import FfnCall
 from xdeepserve.ops import F32, I32
 from xdeepserve.testing.toy_models import pseudo_random
-from xdeepserve.transformerless.local_transport import LocalTransport
 from xdeepserve.transformerless.moe_transport import DispatchHandle, MoeTransport, StepTag
-from xdeepserve.transformerless.partition import partition
-from xdeepserve.transformerless.stage_times import StageTimes
 
 MODELS = ("glm4_moe", "deepseek_v3", "mixtral", "llama")
 
@@ -42,15 +39,13 @@ def placement(num_experts: int, num_servers: int, num_replicas: int) -> list[lis
     return rows
 
 
-@pytest.fixture(params=["local", *WORLDS])
+@pytest.fixture(params=WORLDS)
 def make_transport(
     request: pytest.FixtureRequest,
 ) -> Iterator[Callable[[Model], MoeTransport]]:
     worlds: list[ModuleThreads] = []
 
     def make(model: Model) -> MoeTransport:
-        if request.param == "local":
-            return LocalTransport(partition(model), stage_times=StageTimes())
         num_ffn, num_servers, num_replicas = WORLDS[request.param]
         moe = model.spec.moe
         num_experts = 0 if moe is None else moe.gate.num_experts

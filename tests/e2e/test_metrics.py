@@ -37,9 +37,7 @@ def test_colocated(server: ServerProcess) -> None:
     ask(server)
     stages = stages_of(server)
     of_loop = {"schedule", "inputs", "update"}
-    assert set(stages) == {
-        ("dp0", s) for s in of_loop | {"attention", "own_modules", "head", "sample"}
-    }
+    assert set(stages) == {("dp0", s) for s in of_loop | {"layers", "head", "sample"}}
     assert all(seconds > 0 for seconds in stages.values())
 
 

@@ -17,9 +17,7 @@ from xdeepserve.flowserve.speculator import Speculator
 from xdeepserve.messages import EngineInfo
 from xdeepserve.models.decoder import Model
 from xdeepserve.rtc import KVCacheManager
-from xdeepserve.transformerless.local_transport import LocalTransport
 from xdeepserve.transformerless.moe_transport import MoeTransport
-from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.stage_times import StageTimes
 
 logger = logging.getLogger(__name__)
@@ -85,7 +83,7 @@ def build_dp_group(
     times = stage_times or StageTimes()
     executor = InProcExecutor(
         model=model,
-        transport=transport or LocalTransport(partition(model), stage_times=times),
+        transport=transport,
         stage_times=times,
         num_blocks=info.num_kv_blocks,
         block_size=info.block_size,

@@ -55,13 +55,13 @@ class Executor(Protocol):
 
 
 class InProcExecutor:
-    """Attention, LM head and sampler in this process; experts wherever the transport leads."""
+    """Attention, LM head and sampler in this process; experts too, or where a transport leads."""
 
     def __init__(
         self,
         *,
         model: Model,
-        transport: MoeTransport,
+        transport: MoeTransport | None,
         num_blocks: int,
         block_size: int,
         stage_times: StageTimes,
@@ -72,7 +72,8 @@ class InProcExecutor:
 
         Args:
             model: its attention side is run here.
-            transport: leads to its FFN and experts; closed with the executor.
+            transport: leads to its FFN and experts; closed with the executor. None = they are
+                computed here, and all layers are one operator.
             num_blocks: KV blocks, as many as the scheduler's pool has.
             block_size: tokens per KV block.
             stage_times: where the stages of a step are counted.
@@ -86,13 +87,17 @@ class InProcExecutor:
         self._num_microbatches = num_microbatches
         self._tuner = MicrobatchTuner()
         self._sampler = Sampler(model.ops, eos_token_ids=model.spec.eos_token_ids)
-        self._worker = AttentionWorker(
-            side=model.attention_side,
-            transport=transport,
-            kv_layers=model.new_kv(num_blocks, block_size),
-            stage_times=stage_times,
-        )
         self._times = stage_times
+        self._kv_layers = model.new_kv(num_blocks, block_size)
+        self._stack = model.stack
+        self._worker: AttentionWorker | None = None
+        if transport is not None:
+            self._worker = AttentionWorker(
+                side=model.attention_side,
+                transport=transport,
+                kv_layers=self._kv_layers,
+                stage_times=stage_times,
+            )
         self._drafter: MtpDrafter | None = None
         if with_mtp:
             assert model.mtp is not None, "build_dp_group() refuses a model without MTP layer"
@@ -162,7 +167,20 @@ class InProcExecutor:
         with self._times.measure(Stage.INPUTS):
             parts = split_microbatches(plan.scheduled, count)
             batches = [build_forward_batch(part, self._block_size) for part in parts]
-        return batches, self._worker.run(batches, step_idx=plan.step_idx)
+        return batches, self._run_layers(batches, plan.step_idx)
+
+    def _run_layers(self, batches: Sequence[ForwardBatch], step_idx: int) -> list[F32]:
+        """Hidden states [T, H] of each batch, before the final norm."""
+        if self._worker is not None:
+            return self._worker.run(batches, step_idx=step_idx)
+        with self._times.measure(Stage.LAYERS):
+            return [self._run_stack(batch) for batch in batches]
+
+    def _run_stack(self, batch: ForwardBatch) -> F32:
+        embedded = self._model.embedding(batch.token_ids)
+        return self._model.ops.decoder_layers(
+            self._stack, embedded, batch.attention, self._kv_layers
+        )
 
     def _head(
         self, batches: Sequence[ForwardBatch], hidden_states: Sequence[F32], order: HeadOrder
@@ -176,7 +194,8 @@ class InProcExecutor:
 
     def close(self) -> None:
         """Close the transport."""
-        self._transport.close()
+        if self._transport is not None:
+            self._transport.close()
 
 
 def _sample_rows(item: ScheduledRequest) -> Iterator[SampleRow]:

@@ -17,7 +17,7 @@ from xdeepserve.models.rope import rope_table
 from xdeepserve.models.spec import ModelSpec
 from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
 from xdeepserve.models.weights import Weights
-from xdeepserve.ops import F32, Array, LayerFrame, Ops, Router, WeightDtype
+from xdeepserve.ops import F32, Array, DecoderStack, LayerFrame, Ops, Router, WeightDtype
 from xdeepserve.ops.quant import to_bf16
 
 
@@ -105,9 +105,7 @@ class ModelBuilder:
             projection=weights.linear(
                 "mtp.projection", [(f"{theirs}.eh_proj", hidden)], 2 * hidden
             ),
-            attention=self.attention(idx),
-            ffn=self.ffn(idx),
-            experts=self.experts(idx),
+            stack=DecoderStack((self.layer(idx).weights,)),
             head=HeadUnit(self._ops, norm, spec.norm_eps, head.lm_head),
         )
 

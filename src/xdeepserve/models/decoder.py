@@ -1,8 +1,9 @@
-"""Model and the layer loop, written once as a generator.
+"""Model, and the layer loop as a generator, for steps that are taken apart.
 
 `layer_steps` runs the attention side and yields an `FfnCall` per layer; whoever drives it sends the
 FFN output back: local units here (`forward`, the oracle), or a transport elsewhere, with as many
-generators in flight as there are microbatches.
+generators in flight as there are microbatches. A step that is not taken apart has no loop here:
+`Model.stack` is for `Ops.decoder_layers`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ import numpy as np
 
 from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.models.huge_pages import huge_zeros
-from xdeepserve.models.moe import FfnCall, run_ffn
+from xdeepserve.models.moe import FfnCall
 from xdeepserve.models.mtp import MtpUnit
 from xdeepserve.models.spec import ModelSpec
 from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
-from xdeepserve.ops import F32, Array, KVLayer, Ops, WeightDtype
+from xdeepserve.ops import (
+    F32,
+    Array,
+    DecoderLayer,
+    DecoderStack,
+    KVLayer,
+    Mlp,
+    Ops,
+    WeightDtype,
+    composed,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,11 @@ class Layer:
     attention: AttentionUnit
     ffn: FfnUnit | None
     experts: ExpertUnit | None
+
+    @property
+    def weights(self) -> DecoderLayer:
+        """The layer as operators see it."""
+        return DecoderLayer(self.attention.layer, _mlp(self.ffn), _mlp(self.experts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +74,11 @@ class Model:
         return AttentionSide(self.embedding, layers, self.head)
 
     @property
+    def stack(self) -> DecoderStack:
+        """All layers for `Ops.decoder_layers`; a new one, so keep it."""
+        return DecoderStack(tuple(layer.weights for layer in self.layers))
+
+    @property
     def kv_dtype(self) -> np.dtype[np.generic]:
         """float32 for float32 models, else uint16 holding bfloat16 bits."""
         return np.dtype(np.float32 if self.dtype is WeightDtype.FLOAT32 else np.uint16)
@@ -83,6 +104,10 @@ class Model:
         return KVLayer(array(dim, block_size), array(block_size, dim))
 
 
+def _mlp(unit: FfnUnit | ExpertUnit | None) -> Mlp | None:
+    return None if unit is None else Mlp(unit.gate_up, unit.down)
+
+
 def layer_steps(
     side: AttentionSide, batch: ForwardBatch, kv_layers: Sequence[KVLayer]
 ) -> Generator[FfnCall, F32, F32]:
@@ -104,13 +129,15 @@ def layer_steps(
 
 
 def local_ffn(model: Model, call: FfnCall) -> F32:
-    """[T, H]: the FFN output of `call`, computed by the model's own units."""
-    layer = model.layers[call.layer_idx]
-    return run_ffn(layer.ffn, layer.experts, call)
+    """[T, H]: the FFN output of `call`, computed by the model's own weights."""
+    layer = model.layers[call.layer_idx].weights
+    return composed.feed_forward(
+        model.ops, layer, call.hidden_states, call.topk_ids, call.topk_weights
+    )
 
 
 def forward(model: Model, batch: ForwardBatch, kv_layers: Sequence[KVLayer]) -> F32:
-    """[B', V] logits of `batch.logits_rows`, everything local: the oracle of all transports."""
+    """[B', V] logits of `batch.logits_rows`, layer by layer: the oracle of stack and transports."""
     steps = layer_steps(model.attention_side, batch, kv_layers)
     call = next(steps)
     while True:

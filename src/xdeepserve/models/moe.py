@@ -1,10 +1,10 @@
-"""What a layer asks of its FFN, and its execution by units of this process."""
+"""What a layer asks of its FFN, and experts on the slots of an exchange."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xdeepserve.models.units import ExpertUnit, FfnUnit
+from xdeepserve.models.units import ExpertUnit
 from xdeepserve.ops import F32, I32
 from xdeepserve.ops.composed import Permutation, permute_by_expert
 
@@ -31,13 +31,3 @@ def run_sorted(unit: ExpertUnit, hidden_states: F32, topk_ids: I32) -> tuple[F32
     permutation = permute_by_expert(topk_ids, unit.num_experts)
     rows = hidden_states[permutation.token_of_row]
     return unit(rows, permutation.num_tokens_per_expert), permutation
-
-
-def run_ffn(ffn: FfnUnit | None, experts: ExpertUnit | None, call: FfnCall) -> F32:
-    """[T, H]: a layer's FFN output from local units; shared experts first, plus routed."""
-    shared = None if ffn is None else ffn(call.hidden_states)
-    if experts is None or call.topk_ids is None or call.topk_weights is None:
-        assert shared is not None, "a layer has a dense FFN or experts"
-        return shared
-    routed = experts.routed(call.hidden_states, call.topk_ids, call.topk_weights)
-    return routed if shared is None else shared + routed

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xdeepserve.models.batch import ForwardBatch
-from xdeepserve.models.moe import FfnCall, run_ffn
-from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
-from xdeepserve.ops import F32, KVLayer, Ops, PackedWeight
+from xdeepserve.models.units import EmbeddingUnit, HeadUnit
+from xdeepserve.ops import F32, DecoderStack, KVLayer, Ops, PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +27,7 @@ class MtpUnit:
     Attributes:
         main_norm: the main model's final norm.
         projection: [H, 2H]; its first H columns are for the embedding.
+        stack: one layer.
         head: its own norm before the main model's LM head.
     """
 
@@ -38,9 +38,7 @@ class MtpUnit:
     main_norm: F32
     hidden_norm: F32
     projection: PackedWeight
-    attention: AttentionUnit
-    ffn: FfnUnit | None
-    experts: ExpertUnit | None
+    stack: DecoderStack
     head: HeadUnit
 
     def main_states(self, hidden_states: F32) -> F32:
@@ -60,6 +58,5 @@ class MtpUnit:
         embedded = self.embedding(batch.token_ids)
         embedded = ops.rms_norm(embedded, self.embedding_norm, self.norm_eps)
         joined = np.concatenate([embedded, known], axis=1)
-        out = self.attention(ops.linear(joined, self.projection), None, batch.attention, kv)
-        call = FfnCall(0, out.hidden_states, out.topk_ids, out.topk_weights)
-        return out.residual + run_ffn(self.ffn, self.experts, call)
+        projected = ops.linear(joined, self.projection)
+        return ops.decoder_layers(self.stack, projected, batch.attention, [kv])

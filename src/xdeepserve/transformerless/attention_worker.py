@@ -1,10 +1,10 @@
-"""AttentionWorker: drives the attention side of a step, one generator per microbatch.
+"""AttentionWorker: drives a step that is taken apart, one generator per microbatch.
 
     microbatch 0: attention 0 | dispatch ........ combine | attention 1 | dispatch ...
     microbatch 1:             | attention 0 | dispatch ........ combine | attention 1 ...
 
 Each microbatch is a state machine of its own (layer, stage): while one is at the experts, another
-computes attention. Nothing here knows whether the experts are a function call or a process away.
+computes attention. Nothing here knows how far away the experts are.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     [router] -> dispatch -> (permute -> expert MLP, wherever it runs) -> combine -> [residual add]
 
-Dispatch and combine are one object, because their layouts must agree. The colocated implementation
-is a function call; workers in other processes implement the same two verbs over XCCL.
+Dispatch and combine are one object, because their layouts must agree. `XcclTransport` reaches
+workers in other processes; a colocated step needs none, because all its layers are one operator.
 """
 
 from __future__ import annotations

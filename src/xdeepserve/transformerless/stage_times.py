@@ -16,6 +16,8 @@ class Stage(StrEnum):
     """Taking requests in, and deciding what the step computes."""
     INPUTS = "inputs"
     """Making arrays of the plan."""
+    LAYERS = "layers"
+    """Embedding and all layers as one operator, where FFNs and experts are of this process."""
     ATTENTION = "attention"
     """Embedding, norms, attention, router: everything between two exchanges."""
     HEAD = "head"

@@ -78,5 +78,5 @@ def test_a_group_names_its_thread_and_counts_its_stages() -> None:
     assert "xds:dp7" in {thread.name for thread in threading.enumerate()}
     group.begin_close(drain_timeout_s=0)
     assert group.join(timeout_s=30)
-    computing = {Stage.INPUTS, Stage.ATTENTION, Stage.OWN_MODULES, Stage.HEAD, Stage.SAMPLE}
+    computing = {Stage.INPUTS, Stage.LAYERS, Stage.HEAD, Stage.SAMPLE}
     assert set(times.counts()) == computing

@@ -33,9 +33,7 @@ from xdeepserve.models.decoder import Model, layer_steps, local_ffn
 from xdeepserve.ops import F32, KVLayer
 from xdeepserve.rtc import KVCacheManager
 from xdeepserve.testing.toy_models import MTP_TOYS
-from xdeepserve.transformerless.local_transport import LocalTransport
 from xdeepserve.transformerless.moe_transport import MoeTransport
-from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.stage_times import StageTimes
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN = 8, 64, 500
@@ -227,7 +225,7 @@ def test_every_draft_is_that_of_one_pass(toy: str, budget: int) -> None:
     )
     executor = InProcExecutor(
         model=model,
-        transport=LocalTransport(partition(model), stage_times=StageTimes()),
+        transport=None,
         num_blocks=NUM_BLOCKS,
         block_size=BLOCK_SIZE,
         stage_times=StageTimes(),

@@ -30,9 +30,7 @@ from xdeepserve.models.decoder import Model
 from xdeepserve.rtc import KVCacheManager
 from xdeepserve.testing.fake_clock import FakeClock
 from xdeepserve.testing.toy_models import TOY_MODELS
-from xdeepserve.transformerless.local_transport import LocalTransport
 from xdeepserve.transformerless.moe_transport import MoeTransport
-from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.stage_times import StageTimes
 
 MAX_TOKENS = 24
@@ -93,7 +91,7 @@ def drafting_group(model: Model, config: EngineConfig, proposer: Proposer) -> DP
     times = StageTimes()
     executor = InProcExecutor(
         model=model,
-        transport=LocalTransport(partition(model), stage_times=times),
+        transport=None,
         num_blocks=config.num_kv_blocks,
         block_size=config.block_size,
         stage_times=times,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests import law1_harness as law1
+from tests.module_threads import ModuleThreads
 from tests.toys import build_toy, toy_model
 from xdeepserve.config import EngineConfig
 from xdeepserve.flowserve.build import build_dp_group
@@ -42,6 +44,7 @@ class Case:
     """A model, the requests, and what each request gets alone and unchunked."""
 
     def __init__(self, model: Model, count: int) -> None:
+        self.model = model
         self.make_group = factory(model)
         self.requests: Sequence[GenerateRequest] = law1.mixed_requests(model.spec.vocab_size, count)
         self.expected: dict[str, Any] = law1.solo(self.make_group, self.requests)
@@ -88,6 +91,25 @@ def test_tokens_without_logprobs(case: Case) -> None:
 
 def test_two_runs(case: Case) -> None:
     law1.check_two_runs(case.make_group, case.requests)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 3])
+def test_taken_apart(case: Case, num_microbatches: int) -> None:
+    """Layer by layer over FFN and expert servers, not all layers in one operator."""
+    assert case.model.spec.moe is not None
+    experts = range(case.model.spec.moe.gate.num_experts)
+    half = len(experts) // 2
+    placement = [experts[:half], experts[half:]]
+    with closing(ModuleThreads(case.model, num_ffn=1, placement=placement)) as servers:
+        transport = servers.transport()
+        group = build_dp_group(
+            model=case.model,
+            model_name="toy",
+            config=law1.config(num_microbatches=num_microbatches),
+            transport=transport,
+        )
+        assert law1.contents(law1.generate(group, case.requests)) == case.expected
+        transport.close()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,8 +25,9 @@ def test_stages_and_operators_of_decode_steps(budget: int) -> None:
     )
     found = measure(group, times, ops, batch=3, input_len=20, num_steps=4)
     assert found.operator_calls["paged_attention"] == len(model.layers)
+    assert found.operator_calls["permute"] == sum(model.spec.moe_layers)
     assert found.operator_calls["lm_head"] == found.operator_calls["embed"] == 1
-    stages = {"schedule", "inputs", "attention", "own_modules", "head", "sample", "update"}
+    stages = {"schedule", "inputs", "layers", "head", "sample", "update"}
     assert set(found.stages_us) == stages
     assert 0 < sum(found.operators_us.values()) < sum(found.stages_us.values()) < found.step_us
     assert found.outside_us > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.toys import toy_model
 from xdeepserve.models.build import build_model
 from xdeepserve.models.decoder import Model, forward, layer_steps, local_ffn
 from xdeepserve.models.families import parse_spec
@@ -77,6 +78,29 @@ def test_interleaved_microbatches_equal_one_batch(backend: str, dtype: WeightDty
                 finals[idx] = finished.value
     rows = [model.head(finals[idx], batch.logits_rows) for idx, batch in enumerate(batches)]
     np.testing.assert_array_equal(np.concatenate(rows), together)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "qwen3_moe", "mixtral", "deepseek_v3_plain"])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_the_stack_equals_the_layers_one_by_one(
+    name: str, dtype: WeightDtype, num_threads: int
+) -> None:
+    model = toy_model(name, str(dtype), "cpu", num_threads)
+    kv, other = model.new_kv(40, BLOCK_SIZE), model.new_kv(40, BLOCK_SIZE)
+    prompts = [PROMPT, *OTHERS[:3]]
+    tables = [range(10 * i, 10 * i + 10) for i in range(len(prompts))]
+    first = [Chunk(p[:-1], 0, t) for p, t in zip(prompts[1:], tables[1:], strict=True)]
+    last = [Chunk(p[-1:], len(p) - 1, t) for p, t in zip(prompts[1:], tables[1:], strict=True)]
+    for chunks in (first, [*last, Chunk(PROMPT, 0, tables[0])]):  # prefill, then decode with it
+        batch = step_batch(chunks, BLOCK_SIZE)
+        embedded = model.embedding(batch.token_ids)
+        hidden = model.ops.decoder_layers(model.stack, embedded, batch.attention, kv)
+        expected = forward(model, batch, other)
+        np.testing.assert_array_equal(model.head(hidden, batch.logits_rows), expected)
+    for mine, theirs in zip(kv, other, strict=True):
+        np.testing.assert_array_equal(mine.k, theirs.k)
+        if mine.v is not None:
+            np.testing.assert_array_equal(mine.v, theirs.v)
 
 
 def test_calls_name_their_layer_and_experts() -> None:

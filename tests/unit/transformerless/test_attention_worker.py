@@ -1,9 +1,10 @@
-"""AttentionWorker: equals the colocated forward, interleaves microbatches, cleans up."""
+"""AttentionWorker: equals the colocated stack, interleaves microbatches, cleans up."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import pytest
 from tests.toys import toy_model
 from xdeepserve.errors import IntegrityError
 from xdeepserve.models.batch import ForwardBatch
-from xdeepserve.models.decoder import Model, forward
+from xdeepserve.models.decoder import Model, local_ffn
+from xdeepserve.models.moe import FfnCall
 from xdeepserve.ops import F32, I32, AttentionBatch
 from xdeepserve.transformerless.attention_worker import AttentionWorker
-from xdeepserve.transformerless.local_transport import LocalTransport
-from xdeepserve.transformerless.moe_transport import DispatchHandle, MoeTransport, StepTag
+from xdeepserve.transformerless.moe_transport import DispatchHandle, StepTag, use_up
 from xdeepserve.transformerless.partition import partition
 from xdeepserve.transformerless.stage_times import StageTimes
 
@@ -40,47 +41,49 @@ def prefill(prompts: Sequence[Sequence[int]], first_block: int = 0) -> ForwardBa
 PROMPTS = ([5, 6, 7], [8], [9, 10, 11, 12], [13, 14])
 
 
-class LoggingTransport:
-    """Passes everything on and writes down what happened; fails on demand."""
+@dataclass
+class LoggedHandle:
+    tag: StepTag
+    call: FfnCall
+    is_open: bool = True
 
-    def __init__(self, inner: MoeTransport, *, fail_at: int | None = None) -> None:
+
+class LoggingTransport:
+    """Computes by the model itself and writes down what happened; fails on demand."""
+
+    def __init__(self, model: Model, *, fail_at: int | None = None) -> None:
         self.log: list[tuple[str, StepTag]] = []
         self.num_open = 0
-        self._inner = inner
+        self._model = model
         self._fail_at = fail_at
 
     def dispatch(
         self, *, tag: StepTag, hidden_states: F32, topk_ids: I32 | None, topk_weights: F32 | None
-    ) -> DispatchHandle:
+    ) -> LoggedHandle:
         self.log.append(("dispatch", tag))
         self.num_open += 1
-        return self._inner.dispatch(
-            tag=tag, hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights
-        )
+        return LoggedHandle(tag, FfnCall(tag.layer_idx, hidden_states, topk_ids, topk_weights))
 
     def combine(self, handle: DispatchHandle) -> F32:
+        self.num_open -= 1
+        call = use_up(handle, LoggedHandle).call
         if self._fail_at == len(self.log):
-            self._inner.release(handle)
-            self.num_open -= 1
             raise IntegrityError("the experts are gone")
         self.log.append(("combine", handle.tag))
-        self.num_open -= 1
-        return self._inner.combine(handle)
+        return local_ffn(self._model, call)
 
     def release(self, handle: DispatchHandle) -> None:
         self.num_open -= 1
-        self._inner.release(handle)
+        use_up(handle, LoggedHandle)
 
     def close(self) -> None:
-        self._inner.close()
+        """Nothing to free."""
 
 
 def make_worker(
     model: Model, *, fail_at: int | None = None
 ) -> tuple[AttentionWorker, LoggingTransport]:
-    transport = LoggingTransport(
-        LocalTransport(partition(model), stage_times=StageTimes()), fail_at=fail_at
-    )
+    transport = LoggingTransport(model, fail_at=fail_at)
     worker = AttentionWorker(
         side=model.attention_side,
         transport=transport,
@@ -90,13 +93,15 @@ def make_worker(
     return worker, transport
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "llama"])
-def test_hidden_states_give_the_logits_of_the_colocated_forward(name: str) -> None:
-    model = toy_model(name)
+def test_hidden_states_are_those_of_the_colocated_stack(name: str, backend: str) -> None:
+    model = toy_model(name, "float32", backend)
     batch = prefill(PROMPTS)
     (hidden,) = make_worker(model)[0].run([batch], step_idx=0)
-    expected = forward(model, batch, model.new_kv(8, BLOCK))
-    np.testing.assert_array_equal(model.head(hidden, batch.logits_rows), expected)
+    embedded, kv = model.embedding(batch.token_ids), model.new_kv(8, BLOCK)
+    expected = model.ops.decoder_layers(model.stack, embedded, batch.attention, kv)
+    np.testing.assert_array_equal(hidden, expected)
 
 
 def test_microbatches_give_the_bits_of_one_batch() -> None:
