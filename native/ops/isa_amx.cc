@@ -26,7 +26,7 @@ constexpr Kernels make_amx_table() {
   Kernels table = make_table("amx");
   table.begin_operator = forget_tiles;
   table.panel_gemm[1] = tile_gemm<Bf16Tile>;
-  table.panel_gemm[2] = tile_gemm<Int8Tile>;
+  table.panel_gemm[2] = int8_gemm;
   table.attend = attend_tiles;
   return table;
 }

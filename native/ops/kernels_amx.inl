@@ -122,8 +122,10 @@ inline void write_tiles(const PanelTask& t, int64_t first, int64_t rows) {
 template <class Tile>
 void tile_gemm(const PanelTask& t) {
   shape_tiles();
+  fetch_columns(t);
   const bool is_one_pass = t.rows <= kBlockRows;
   Prefetch fetch(t.next, t.steps * kStepBytes, kTileSteps * (is_one_pass ? kStepBytes / 64 : 1));
+  const ptrdiff_t a_stride = t.rows == 1 ? 0 : t.a_stride;  // one row is read 16 times
   for (int64_t first = 0; first < t.rows; first += kBlockRows) {
     const int64_t rows = lesser(kBlockRows, t.rows - first);
     const uint8_t* a = t.a + first * t.a_stride;
@@ -132,9 +134,16 @@ void tile_gemm(const PanelTask& t) {
     int64_t left = t.steps;
     for (; left >= kTileSteps; left -= kTileSteps, a += 64, b += kTileSteps * kStepBytes) {
       fetch.step();
-      dot_tiles<Tile>(a, t.a_stride, rows > kTileRows, b);
+      dot_tiles<Tile>(a, a_stride, rows > kTileRows, b);
     }
     if (left > 0) dot_last_tiles<Tile>(a, t.a_stride, rows, b, left);
     write_tiles<Tile>(t, first, rows);
   }
+}
+
+// Few rows of int8 are quicker without tiles, and their sums are as exact.
+void int8_gemm(const PanelTask& t) {
+  constexpr int64_t kVectorRows = 2;
+  if (t.rows <= kVectorRows) return panel_tiles<Int8Product, kWideRows>(t);
+  tile_gemm<Int8Tile>(t);
 }

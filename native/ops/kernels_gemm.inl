@@ -134,8 +134,18 @@ inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t c
   store_n(out, value, lanes);
 }
 
+// The scales and sums of an int8 panel lie apart from it and are needed last.
+inline void fetch_columns(const PanelTask& t) {
+  if (t.col_scale == nullptr) return;
+  for (int64_t col = 0; col < kPanel; col += 16) {
+    __builtin_prefetch(t.col_scale + col);
+    __builtin_prefetch(t.col_sum + col);
+  }
+}
+
 template <class Product, int Rows>
 void panel_tiles(const PanelTask& t) {
+  fetch_columns(t);
   const bool is_one_pass = t.rows <= kWideRows;
   Prefetch fetch(t.next, t.steps * kStepBytes, is_one_pass ? kStepBytes / 64 : 1);
   for_row_tiles<Rows>(t.rows, [&](auto size, int64_t first) {
