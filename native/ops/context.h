@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "op_times.h"
+#include "succession.h"
 #include "thread_pool.h"
 
 namespace xds {
@@ -54,6 +55,7 @@ struct Context {
   Scratch permutation;
   std::vector<Scratch> thread_scratch;
   OpTimes times;
+  Succession succession;
   std::vector<uint32_t> id_counts;  // of a vocabulary; all zero between operators
 };
 

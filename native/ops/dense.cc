@@ -8,6 +8,8 @@
 namespace xds {
 namespace {
 
+constexpr int64_t kReadAhead = 256 << 10;  // bytes for each thread, within the second cache
+
 // Rows as panel_gemm reads them.
 struct Activations {
   const uint8_t* data;
@@ -75,16 +77,14 @@ Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType
   return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false, groups);
 }
 
-// `ahead` is how many panels later this thread is likely to be.
-PanelTask panel_task(int64_t ahead, const Product& p, const Weight& w, int64_t panel,
-                     int64_t first_row, const float* bias) {
+PanelTask panel_task(const Product& p, const Weight& w, int64_t panel, int64_t first_row,
+                     const float* bias) {
   PanelTask task{};
   task.a = p.a + first_row * p.a_stride;
   task.a_stride = p.a_stride;
   task.rows = std::min(kRowChunk, p.rows - first_row);
   task.b = w.panel(p.group, panel);
   task.steps = w.steps();
-  task.next = panel + ahead < w.panels() ? task.b + ahead * w.panel_bytes() : nullptr;
   if (p.c != nullptr) task.c = p.c + first_row * p.c_stride + panel * kPanel;
   task.c_stride = p.c_stride;
   task.cols = std::min(kPanel, w.n - panel * kPanel);
@@ -98,28 +98,92 @@ PanelTask panel_task(int64_t ahead, const Product& p, const Weight& w, int64_t p
   return task;
 }
 
-// Work items are (product, row chunk, panel), spread over the threads.
+// The work items of some products with one weight: (product, row chunk, panel).
+class Items {
+ public:
+  struct Place {
+    const Product& product;
+    int64_t panel;
+    int64_t first_row;
+  };
+
+  Items(const std::vector<Product>& products, const Weight& w) : products_(products), w_(w) {
+    for (const Product& p : products) {
+      const int64_t chunks = (p.rows + kRowChunk - 1) / kRowChunk;
+      first_.push_back(first_.back() + chunks * w.panels());
+    }
+  }
+
+  int64_t count() const { return first_.back(); }
+
+  Place place(int64_t item) const {
+    const auto after = std::upper_bound(first_.begin(), first_.end(), item);
+    const size_t index = static_cast<size_t>(after - first_.begin()) - 1;
+    const int64_t local = item - first_[index];
+    return {products_[index], local % w_.panels(), local / w_.panels() * kRowChunk};
+  }
+
+  const uint8_t* panel(int64_t item) const {
+    const Place at = place(item);
+    return w_.panel(at.product.group, at.panel);
+  }
+
+ private:
+  const std::vector<Product>& products_;
+  const Weight& w_;
+  std::vector<int64_t> first_{0};  // item of each product
+};
+
+// What each thread reads once its share of `w` is done: its first panels of the weight that is
+// likely to follow, or nothing.
+class Upcoming {
+ public:
+  Upcoming(Context& ctx, const Weight& w) : pool_(ctx.pool), next_(ctx.succession.follow(w)) {
+    if (next_ != nullptr && next_->groups > 1) next_ = nullptr;  // of experts, who knows which
+  }
+
+  const uint8_t* begin(int thread) const {
+    return bytes(thread) > 0 ? next_->panel(0, share(thread).first) : nullptr;
+  }
+
+  // The thread goes on with it whenever it waits; the first bytes are `fetched` by then.
+  void read_ahead(int thread, int64_t fetched) const {
+    const int64_t left = std::min(bytes(thread), kReadAhead) - fetched;
+    if (left > 0) pool_.read_ahead(thread, begin(thread) + fetched, left);
+  }
+
+ private:
+  ThreadPool::Share share(int thread) const { return pool_.share(next_->panels(), thread); }
+
+  int64_t bytes(int thread) const {
+    if (next_ == nullptr) return 0;
+    return (share(thread).stop - share(thread).first) * next_->panel_bytes();
+  }
+
+  ThreadPool& pool_;
+  const Weight* next_;
+};
+
+// Spreads the products over the threads.
 void multiply(Context& ctx, const std::vector<Product>& products, const Weight& w,
               const float* bias = nullptr, const PanelSink* sink = nullptr) {
-  std::vector<int64_t> first_item{0};  // of each product
-  for (const Product& p : products) {
-    const int64_t chunks = (p.rows + kRowChunk - 1) / kRowChunk;
-    first_item.push_back(first_item.back() + chunks * w.panels());
-  }
+  const Items items(products, w);
+  const Upcoming upcoming(ctx, w);
   auto body = [&](int64_t item, int thread) {
-    const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
-    const size_t index = static_cast<size_t>(after - first_item.begin()) - 1;
-    const int64_t local = item - first_item[index];
-    const int64_t panel = local % w.panels(), first_row = local / w.panels() * kRowChunk;
-    PanelTask task = panel_task(ctx.pool.size(), products[index], w, panel, first_row, bias);
-    if (sink != nullptr) return (*sink)(task, panel, first_row, thread);
+    const Items::Place at = items.place(item);
+    PanelTask task = panel_task(at.product, w, at.panel, at.first_row, bias);
+    const ThreadPool::Share own = ctx.pool.share(items.count(), thread);
+    if (item == own.first) upcoming.read_ahead(thread, w.panel_bytes());
+    if (item >= own.first && item < own.stop) {  // else it is an item of a late thread
+      task.next = item + 1 < own.stop ? items.panel(item + 1) : upcoming.begin(thread);
+    }
+    if (sink != nullptr) return (*sink)(task, at.panel, at.first_row, thread);
     ctx.kernels.panel_gemm[static_cast<int>(w.dtype)](task);
   };
-  const int64_t items = first_item.back();
-  if (items * w.k * kPanel < kSmallWork) {
-    for (int64_t item = 0; item < items; ++item) body(item, 0);
+  if (items.count() * w.k * kPanel < kSmallWork) {
+    for (int64_t item = 0; item < items.count(); ++item) body(item, 0);
   } else {
-    ctx.pool.for_each(items, body);
+    ctx.pool.for_each_in_shares(items.count(), body);
   }
 }
 
