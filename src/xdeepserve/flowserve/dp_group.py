@@ -172,10 +172,11 @@ class DPGroup:
         """One step: decide, compute, commit. Called by the loop (and by tests that have none)."""
         begun_s = self._clock.monotonic()
         with self._times.measure(Stage.SCHEDULE):
-            self._drain_inbox()
+            is_news = self._drain_inbox()
             plan = self._plan = self._scheduler.schedule()
-            # What has just left the inbox must be seen while the step runs.
-            self._load = self._scheduler.load_report()
+            if is_news:
+                # What has just left the inbox must be seen while the step runs.
+                self._load = self._scheduler.load_report()
         if not plan.is_empty:
             result = self._executor.execute(plan=plan)
             with self._times.measure(Stage.UPDATE):
@@ -190,14 +191,21 @@ class DPGroup:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def _drain_inbox(self) -> None:
-        """Hand new requests and aborts to the scheduler; keeps the terminal outputs due."""
+    def _drain_inbox(self) -> bool:
+        """Hand new requests and aborts to the scheduler; keeps the terminal outputs due.
+
+        Returns:
+            Whether there was anything.
+        """
+        if not self._inbox:
+            return False
         with self._wakeup:
             while self._inbox:
                 ended = self._receive(self._inbox.popleft())
                 if ended is not None:
                     self._outputs.append(ended)
             self._num_inbox_blocks = 0
+        return True
 
     def _receive(self, message: GenerateRequest | _Abort) -> TokenOutput | None:
         """Act on one message; returns the terminal output it leads to, if any."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -124,15 +124,16 @@ class InProcExecutor:
 
     def execute(self, *, plan: StepPlan) -> StepResult:
         """See Executor.execute."""
+        with self._times.measure(Stage.INPUTS):
+            rows = _sample_rows(plan.scheduled)
+            order = HeadOrder.of(rows)
         batches, hidden_states = self._run(plan)
-        rows = [row for item in plan.scheduled if item.samples for row in _sample_rows(item)]
         if rows:
             with self._times.measure(Stage.HEAD):
-                order = HeadOrder.of(rows)
                 greedy_ids, logits = self._head(batches, hidden_states, order)
             with self._times.measure(Stage.SAMPLE):
                 sampled = self._sampler.complete(order, greedy_ids, logits, rows)
-            result = _result(plan.scheduled, sampled)
+                result = _result(plan, sampled)
         else:
             nothing = len(plan.scheduled)
             result = StepResult(token_ids=((),) * nothing, logprobs=(None,) * nothing)
@@ -187,10 +188,11 @@ class InProcExecutor:
     ) -> tuple[I32, F32]:
         """`HeadUnit.choose` for all rows that sample, by one pass over the LM head."""
         parts = [
-            rows[batch.logits_rows] for rows, batch in zip(hidden_states, batches, strict=True)
+            rows if len(rows) == len(batch.logits_rows) else rows[batch.logits_rows]
+            for rows, batch in zip(hidden_states, batches, strict=True)
         ]
         together = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._model.head.choose(together[order.row_idxs], order.num_greedy)
+        return self._model.head.choose(order.arrange(together), order.num_greedy)
 
     def close(self) -> None:
         """Close the transport."""
@@ -198,23 +200,33 @@ class InProcExecutor:
             self._transport.close()
 
 
-def _sample_rows(item: ScheduledRequest) -> Iterator[SampleRow]:
-    """The row behind the last token and behind each draft, each with its own history."""
-    # Views, not copies: they are gone before the scheduler appends to the array.
-    token_ids = np.frombuffer(item.token_ids, np.int32)
-    num_known = len(token_ids)
-    if item.draft_token_ids:
-        token_ids = np.concatenate([token_ids, np.array(item.draft_token_ids, np.int32)])
-    for position in range(num_known, len(token_ids) + 1):
-        yield SampleRow(
-            params=item.params,
-            prompt_token_ids=token_ids[: item.num_prompt_tokens],
-            output_token_ids=token_ids[item.num_prompt_tokens : position],
-            position=position,
+def _sample_rows(scheduled: Sequence[ScheduledRequest]) -> list[SampleRow]:
+    """Of each that samples the row behind its last token and those behind its drafts."""
+    rows: list[SampleRow] = []
+    for item in scheduled:
+        if not item.samples:
+            continue
+        token_ids, drafts = item.token_ids, item.draft_token_ids
+        position = len(token_ids)
+        if drafts:
+            token_ids = token_ids + array("i", drafts)
+        for behind in range(position, position + len(drafts) + 1):
+            rows.append(SampleRow(item.params, token_ids, item.num_prompt_tokens, behind))
+    return rows
+
+
+def _result(plan: StepPlan, sampled: SampleResult) -> StepResult:
+    """Give each request what was sampled for it."""
+    if plan.num_tokens == len(plan.scheduled) == len(sampled.token_ids):
+        # A row each, and all sample.
+        return StepResult(
+            token_ids=tuple(zip(sampled.token_ids, strict=True)),
+            logprobs=tuple(None if row is None else (row,) for row in sampled.logprobs),
         )
+    return _spread(plan.scheduled, sampled)
 
 
-def _result(scheduled: Sequence[ScheduledRequest], sampled: SampleResult) -> StepResult:
+def _spread(scheduled: Sequence[ScheduledRequest], sampled: SampleResult) -> StepResult:
     """Spread the sampled rows over the plan, as far as each request's drafts are confirmed."""
     token_ids: list[tuple[int, ...]] = []
     logprobs: list[tuple[TokenLogprobs, ...] | None] = []
@@ -225,9 +237,15 @@ def _result(scheduled: Sequence[ScheduledRequest], sampled: SampleResult) -> Ste
             logprobs.append(None)
             continue
         start, stop = stop, stop + 1 + len(item.draft_token_ids)
-        ids = sampled.token_ids[start:stop]
-        num_new = 1 + num_confirmed(item.draft_token_ids, ids)
-        token_ids.append(tuple(ids[:num_new]))
-        rows = [row for row in sampled.logprobs[start : start + num_new] if row is not None]
-        logprobs.append(tuple(rows) if rows else None)
+        ids = tuple(sampled.token_ids[start:stop])
+        if item.draft_token_ids:
+            ids = ids[: 1 + num_confirmed(item.draft_token_ids, ids)]
+        token_ids.append(ids)
+        entries = sampled.logprobs[start : start + len(ids)]
+        logprobs.append(None if item.params.logprobs is None else _confirmed(entries))
     return StepResult(token_ids=tuple(token_ids), logprobs=tuple(logprobs))
+
+
+def _confirmed(logprobs: Sequence[TokenLogprobs | None]) -> tuple[TokenLogprobs, ...]:
+    """Of a request that asked for them, so that there is one for each id."""
+    return tuple(entry for entry in logprobs if entry is not None)

@@ -1,10 +1,13 @@
 """From a plan to arrays: ForwardBatch of one step or of one microbatch of it.
 
-Python loops run over requests, never over tokens.
+Rebuilt whole in every step: one pass over the requests in plain Python, whose loops run over
+requests and blocks, never over tokens. That takes less time than numpy's calls would, which find
+their code evicted from the caches by the weights of the step before.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,6 +17,8 @@ from xdeepserve.flowserve.step import ScheduledRequest
 from xdeepserve.models.batch import ForwardBatch
 from xdeepserve.ops import I32, AttentionBatch
 
+_NO_BLOCK = b"\xff\xff\xff\xff"  # -1 as int32
+
 
 def build_forward_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> ForwardBatch:
     """Arrays for the given share of a plan, in its order.
@@ -22,66 +27,63 @@ def build_forward_batch(scheduled: Sequence[ScheduledRequest], block_size: int) 
         scheduled: at least one request.
         block_size: tokens per KV block.
     """
-    num_rows = len(scheduled)
-    starts = np.fromiter((s.num_computed_tokens for s in scheduled), np.int32, num_rows)
-    counts = np.fromiter((s.num_rows for s in scheduled), np.int32, num_rows)
-    query_start = np.zeros(num_rows + 1, np.int32)
-    np.cumsum(counts, out=query_start[1:])
-    seq_lens = starts + counts
-    row_of_token = np.repeat(np.arange(num_rows, dtype=np.int32), counts)
-    positions = np.arange(query_start[-1], dtype=np.int32)
-    positions += (starts - query_start[:-1])[row_of_token]
-    block_tables = _block_tables(scheduled, seq_lens, block_size)
-    block_idx, offset = np.divmod(positions, np.int32(block_size))
-    slot_mapping = block_tables[row_of_token, block_idx] * np.int32(block_size) + offset
+    token_ids, positions, slots = array("i"), array("i"), array("i")
+    query_start, seq_lens, logits_rows = array("i", [0]), array("i"), array("i")
+    tables: list[array[int]] = []
+    num_rows = 0
+    for item in scheduled:
+        first = item.num_computed_tokens
+        stop = first + item.num_rows
+        tables.append(item.block_ids[: -(-stop // block_size)])
+        if stop - first == 1:
+            token_ids.append(item.token_ids[first])
+            positions.append(first)
+            slots.append(item.block_ids[first // block_size] * block_size + first % block_size)
+        else:
+            token_ids += item.token_ids[first : first + item.num_scheduled_tokens]
+            token_ids.extend(item.draft_token_ids)
+            positions.extend(range(first, stop))
+            _add_slots(slots, item.block_ids, first, stop, block_size)
+        seq_lens.append(stop)
+        num_rows += stop - first
+        query_start.append(num_rows)
+        if item.samples:
+            logits_rows.extend(range(num_rows - 1 - len(item.draft_token_ids), num_rows))
     return ForwardBatch(
-        token_ids=_token_ids(scheduled, query_start),
-        attention=AttentionBatch(query_start, seq_lens, block_tables, positions, slot_mapping),
-        logits_rows=_logits_rows(scheduled, query_start[1:]),
+        token_ids=_ints(token_ids),
+        attention=AttentionBatch(
+            query_start=_ints(query_start),
+            seq_lens=_ints(seq_lens),
+            block_tables=_padded(tables),
+            positions=_ints(positions),
+            slot_mapping=_ints(slots),
+        ),
+        logits_rows=_ints(logits_rows),
     )
 
 
-def _token_ids(scheduled: Sequence[ScheduledRequest], query_start: I32) -> I32:
-    """[T] ids to compute."""
-    num_tokens = int(query_start[-1])
-    if num_tokens == len(scheduled):
-        return np.fromiter(
-            (s.token_ids[s.num_computed_tokens] for s in scheduled), np.int32, num_tokens
-        )
-    token_ids = np.empty(num_tokens, np.int32)
-    stop = 0
-    for item in scheduled:
-        start, stop = stop, stop + item.num_scheduled_tokens
-        known = np.frombuffer(item.token_ids, np.int32)
-        first = item.num_computed_tokens
-        token_ids[start:stop] = known[first : first + item.num_scheduled_tokens]
-        start, stop = stop, stop + len(item.draft_token_ids)
-        token_ids[start:stop] = item.draft_token_ids
-    return token_ids
+def _ints(values: array[int] | bytes) -> I32:
+    """The same memory as int32."""
+    return np.frombuffer(values, np.int32)
 
 
-def _logits_rows(scheduled: Sequence[ScheduledRequest], ends: I32) -> I32:
-    """Of each request that samples its last token's row and those of its drafts.
-
-    Args:
-        scheduled: B requests.
-        ends: [B] row behind the last one of each.
-    """
-    wanted = (1 + len(s.draft_token_ids) if s.samples else 0 for s in scheduled)
-    counts = np.fromiter(wanted, np.int32, len(scheduled))
-    # Row r of the result belongs to the request whose rows end at ends[b].
-    rows: I32 = np.repeat(ends - np.cumsum(counts, dtype=np.int32), counts)
-    rows += np.arange(len(rows), dtype=np.int32)
-    return rows
+def _add_slots(
+    slots: array[int], block_ids: Sequence[int], first: int, stop: int, block_size: int
+) -> None:
+    """Append the slots of positions [first, stop)."""
+    for block_idx in range(first // block_size, -(-stop // block_size)):
+        # What slot the block's position would have, were it 0.
+        shift = (block_ids[block_idx] - block_idx) * block_size
+        start = max(first, block_idx * block_size)
+        end = min(stop, (block_idx + 1) * block_size)
+        slots.extend(range(shift + start, shift + end))
 
 
-def _block_tables(scheduled: Sequence[ScheduledRequest], seq_lens: I32, block_size: int) -> I32:
-    """[B, max_blocks], as wide as this step reads, padded with -1."""
-    num_blocks = (-(-seq_lens // block_size)).tolist()
-    tables = np.full((len(scheduled), max(num_blocks)), -1, np.int32)
-    for row, item, width in zip(tables, scheduled, num_blocks, strict=True):
-        row[:width] = np.frombuffer(item.block_ids, np.int32, width)
-    return tables
+def _padded(tables: Sequence[array[int]]) -> I32:
+    """[B, max_blocks] of B block tables, padded with -1."""
+    width = max(map(len, tables))
+    parts = [part for table in tables for part in (table, _NO_BLOCK * (width - len(table)))]
+    return _ints(b"".join(parts)).reshape(len(tables), width)
 
 
 def split_microbatches(

@@ -44,11 +44,10 @@ class _Sequence:
         )
 
     def sample_row(self) -> SampleRow:
-        num_prompt = self.item.num_prompt_tokens
         return SampleRow(
             params=msgspec.structs.replace(self.item.params, logprobs=None),
-            prompt_token_ids=self.token_ids[:num_prompt],
-            output_token_ids=self.token_ids[num_prompt:],
+            token_ids=self.token_ids,
+            num_prompt_tokens=self.item.num_prompt_tokens,
             position=len(self.token_ids),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections.abc import Iterable
 
 from xdeepserve.flowserve.speculator import DraftRecord
 from xdeepserve.flowserve.step import ScheduledRequest
@@ -35,6 +36,8 @@ class Request:
         order: (priority, arrival number); the smaller is served first.
         token_ids: int32 array, prompt then output.
         num_prompt_tokens: length of the prompt.
+        end_ids: ids that end it with `stop`, once it has more than `min_num_tokens` tokens.
+        max_num_tokens: length, prompt included, at which it ends with `length`.
         num_computed_tokens: leading tokens whose KV is in `blocks`.
         num_cached_tokens: prompt tokens served by the prefix cache when it first ran; None before.
         blocks: KV blocks held; empty unless running.
@@ -45,6 +48,9 @@ class Request:
     __slots__ = (
         "blocks",
         "drafts",
+        "end_ids",
+        "max_num_tokens",
+        "min_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
@@ -55,13 +61,25 @@ class Request:
         "token_ids",
     )
 
-    def __init__(self, request: GenerateRequest, *, arrival: int, blocks: KVBlocks) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        arrival: int,
+        blocks: KVBlocks,
+        eos_token_ids: Iterable[int],
+        max_model_len: int,
+    ) -> None:
         self.request_id = request.request_id
-        self.params = request.params
+        self.params = params = request.params
         self.order = (request.priority, arrival)
         self.token_ids: array[int] = array("i", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.token_ids.extend(request.resume_token_ids)
+        eos = () if params.ignore_eos else eos_token_ids
+        self.end_ids = frozenset((*params.stop_token_ids, *eos))
+        self.min_num_tokens = self.num_prompt_tokens + params.min_tokens
+        self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_model_len)
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.blocks = blocks
@@ -85,16 +103,25 @@ class Request:
 
     def share_of_step(self, num_tokens: int) -> ScheduledRequest:
         """This request's entry in a plan that computes its next `num_tokens` tokens."""
+        num_computed = self.num_computed_tokens
         return ScheduledRequest(
-            request_id=self.request_id,
-            params=self.params,
-            token_ids=self.token_ids,
-            num_prompt_tokens=self.num_prompt_tokens,
-            num_computed_tokens=self.num_computed_tokens,
-            num_scheduled_tokens=num_tokens,
-            block_ids=self.blocks.block_ids,
-            samples=num_tokens == self.num_uncomputed_tokens,
+            self.request_id,
+            self.params,
+            self.token_ids,
+            self.num_prompt_tokens,
+            num_computed,
+            num_tokens,
+            self.blocks.block_ids,
+            num_computed + num_tokens == len(self.token_ids),
         )
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Add an output token; why it is the last, if it is."""
+        self.token_ids.append(token_id)
+        num_tokens = len(self.token_ids)
+        if token_id in self.end_ids and num_tokens > self.min_num_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if num_tokens >= self.max_num_tokens else None
 
     def output(
         self,
@@ -105,11 +132,11 @@ class Request:
         error: str | None = None,
     ) -> TokenOutput:
         """The message about the last `num_new` output tokens, with the counts up to now."""
-        usage = Usage(self.num_prompt_tokens, self.num_cached_tokens or 0, self.num_output_tokens)
+        num_tokens, num_prompt = len(self.token_ids), self.num_prompt_tokens
         return TokenOutput(
             request_id=self.request_id,
-            token_ids=self.token_ids[self.num_tokens - num_new :].tolist(),
-            usage=usage,
+            token_ids=self.token_ids[num_tokens - num_new :].tolist(),
+            usage=Usage(num_prompt, self.num_cached_tokens or 0, num_tokens - num_prompt),
             logprobs=logprobs,
             finish_reason=finish_reason,
             stop_token_id=self.token_ids[-1] if finish_reason is FinishReason.STOP else None,

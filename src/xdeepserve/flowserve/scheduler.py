@@ -120,7 +120,13 @@ class Scheduler:
         if request.request_id in self._requests:
             raise RequestError(f"request_id={request.request_id!r} is already in use")
         blocks = self._kv.open(cache_salt=request.cache_salt)
-        accepted = Request(request, arrival=self._num_arrivals, blocks=blocks)
+        accepted = Request(
+            request,
+            arrival=self._num_arrivals,
+            blocks=blocks,
+            eos_token_ids=self._eos_token_ids,
+            max_model_len=self._max_model_len,
+        )
         self._num_arrivals += 1
         self._requests[accepted.request_id] = accepted
         self._enter_waiting(accepted)
@@ -200,16 +206,19 @@ class Scheduler:
 
     def _schedule_running(self, scheduled: list[ScheduledRequest], budget: int) -> int:
         """Give tokens to running requests in order; returns the budget left."""
-        idx = 0
-        while idx < len(self._running):
-            request = self._running[idx]
-            num_behind = len(self._running) - idx - 1
-            num_tokens = min(request.num_uncomputed_tokens, budget - num_behind)
-            if not self._make_room(request, request.num_computed_tokens + num_tokens):
+        running, block_size = self._running, self._kv.block_size
+        # Preemption takes requests from the tail only, so the iteration meets each that is left.
+        for idx, request in enumerate(running):
+            num_computed = request.num_computed_tokens
+            num_behind = len(running) - idx - 1
+            num_tokens = min(len(request.token_ids) - num_computed, budget - num_behind)
+            stop = num_computed + num_tokens
+            # Most steps need no block: not worth a call each.
+            has_room = stop <= len(request.blocks.block_ids) * block_size
+            if not (has_room or self._make_room(request, stop)):
                 break
             scheduled.append(request.share_of_step(num_tokens))
             budget -= num_tokens
-            idx += 1
         return budget
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
@@ -267,8 +276,7 @@ class Scheduler:
         """Drafts that could become output, with one more id behind them."""
         if request.num_output_tokens == 0:
             return 0
-        num_left = request.params.max_tokens - request.num_output_tokens
-        return min(num_left, self._max_model_len - request.num_tokens) - 1
+        return request.max_num_tokens - request.num_tokens - 1
 
     def _make_draft_room(self, request: Request, num_drafts: int) -> int:
         """Get blocks for drafts if they are free; returns how many drafts the blocks hold."""
@@ -321,17 +329,18 @@ class Scheduler:
         finished: list[Request] = []
         drafts = result.draft_token_ids or ((),) * len(plan.scheduled)
         rows = zip(plan.scheduled, result.token_ids, result.logprobs, drafts, strict=True)
+        running = RequestStatus.RUNNING
         for item, token_ids, logprobs, next_drafts in rows:
             request = self._requests.get(item.request_id)
-            if request is None or request.status is not RequestStatus.RUNNING:
+            if request is None or request.status is not running:
                 continue
             _check_result(item, token_ids)
             request.num_computed_tokens += item.num_scheduled_tokens
             if token_ids:
                 output = self._append(request, token_ids, logprobs)
                 outputs.append(output)
-                self._accept(request, item, num_accepted=len(output.token_ids) - 1)
                 if self._speculator is not None:
+                    self._accept(self._speculator, request, item, len(output.token_ids) - 1)
                     self._speculator.receive(request.drafts, next_drafts)
                 if output.finish_reason is not None:
                     finished.append(request)
@@ -341,26 +350,28 @@ class Scheduler:
         self._finish(finished)
         return outputs
 
-    def _accept(self, request: Request, item: ScheduledRequest, *, num_accepted: int) -> None:
+    def _accept(
+        self, speculator: Speculator, request: Request, item: ScheduledRequest, num_accepted: int
+    ) -> None:
         """Count drafts that became output as computed; what the others wrote is overwritten."""
         num_drafts = len(item.draft_token_ids)
-        if num_drafts == 0 or self._speculator is None:
+        if num_drafts == 0:
             return
         request.num_computed_tokens += num_accepted
         self._counters.count_drafts(num_drafts=num_drafts, num_accepted=num_accepted)
-        self._speculator.record_drafts(
-            request.drafts, num_drafts=num_drafts, num_accepted=num_accepted
-        )
+        speculator.record_drafts(request.drafts, num_drafts=num_drafts, num_accepted=num_accepted)
 
     def record_duration(self, plan: StepPlan, result: StepResult, duration_s: float) -> None:
         """A step took so long from `schedule` to `update`; decides whether drafts pay.
 
         Making drafts is charged to the steps that check some, which are the reason for it.
         """
+        if self._speculator is None:
+            return
         num_seqs, num_drafts = len(plan.scheduled), plan.num_drafts
         if num_drafts == 0:
             duration_s -= result.drafting_s
-        if self._speculator is not None and plan.num_tokens == num_seqs + num_drafts:
+        if plan.num_tokens == num_seqs + num_drafts:
             self._speculator.record_step(
                 num_seqs=num_seqs, num_drafts=num_drafts, duration_s=duration_s
             )
@@ -375,9 +386,8 @@ class Scheduler:
         finish_reason = None
         num_new = 0
         for token_id in token_ids:
-            request.token_ids.append(token_id)
             num_new += 1
-            finish_reason = self._finish_reason(request, token_id)
+            finish_reason = request.append(token_id)
             if finish_reason is not None:
                 break
         self._counters.generated_tokens += num_new
@@ -386,20 +396,6 @@ class Scheduler:
             logprobs=None if logprobs is None else list(logprobs[:num_new]),
             finish_reason=finish_reason,
         )
-
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        """Whether the id just appended is the request's last."""
-        params = request.params
-        if request.num_output_tokens > params.min_tokens:
-            if token_id in params.stop_token_ids:
-                return FinishReason.STOP
-            if token_id in self._eos_token_ids and not params.ignore_eos:
-                return FinishReason.STOP
-        if request.num_output_tokens >= params.max_tokens:
-            return FinishReason.LENGTH
-        if request.num_tokens >= self._max_model_len:
-            return FinishReason.LENGTH
-        return None
 
     def _finish(self, requests: Sequence[Request]) -> None:
         """Take requests out of their queues and give their blocks back.

@@ -10,36 +10,48 @@ the logits is ever made. Randomness is a pure function of (seed, position).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from xdeepserve.messages import SamplingParams, TokenLogprobs
+from xdeepserve.messages import GREEDY_TEMPERATURE, SamplingParams, TokenLogprobs
 from xdeepserve.ops import F32, I32, Ops, Penalties, SamplingBatch
 from xdeepserve.ops.rng import uniform
 
 _SEED_MASK = (1 << 64) - 1
 
-IdList = Sequence[int] | I32
 
-
-@dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(NamedTuple):
     """What the sampler must know of one sequence.
+
+    A named tuple, because one is made for every row of every step.
 
     Attributes:
         params: the request's parameters.
-        prompt_token_ids: read only for a repetition penalty.
-        output_token_ids: tokens so far; read only for penalties and min_tokens.
+        token_ids: int32 array, prompt then output; what follows `position` does not count.
+            Borrowed for the call.
+        num_prompt_tokens: how many of them are prompt.
         position: index of the token to be chosen, counted from the start of the prompt; with the
             seed it determines the random number.
     """
 
     params: SamplingParams
-    prompt_token_ids: IdList
-    output_token_ids: IdList
+    token_ids: array[int]
+    num_prompt_tokens: int
     position: int
+
+    @property
+    def prompt_token_ids(self) -> I32:
+        """A view; drop it before the array grows."""
+        return np.frombuffer(self.token_ids, np.int32)[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> I32:
+        """The tokens chosen so far; a view likewise."""
+        return np.frombuffer(self.token_ids, np.int32)[self.num_prompt_tokens : self.position]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +71,21 @@ class HeadOrder:
         num_greedy: how many need none.
     """
 
-    row_idxs: list[int]
+    row_idxs: Sequence[int]
     num_greedy: int
 
     @classmethod
     def of(cls, rows: Sequence[SampleRow]) -> HeadOrder:
         """Otherwise in the order of `rows`."""
         needs_logits = [_needs_logits(row) for row in rows]
-        row_idxs = sorted(range(len(rows)), key=needs_logits.__getitem__)
-        return cls(row_idxs, needs_logits.count(False))
+        num_greedy = needs_logits.count(False)
+        if num_greedy in (0, len(rows)):
+            return cls(range(len(rows)), num_greedy)
+        return cls(sorted(range(len(rows)), key=needs_logits.__getitem__), num_greedy)
+
+    def arrange(self, states: F32) -> F32:
+        """The rows of `states` [B, ...] in this order; `states` itself where it is theirs."""
+        return states if isinstance(self.row_idxs, range) else states[self.row_idxs]
 
 
 class Sampler:
@@ -125,16 +143,14 @@ class Sampler:
         params = row.params
         changes = []
         if _is_penalized(params):
-            output = np.asarray(row.output_token_ids, np.int32)
-            prompt = row.prompt_token_ids if params.repetition_penalty != 1.0 else ()
+            is_repetition = params.repetition_penalty != 1.0
+            prompt = row.prompt_token_ids if is_repetition else np.empty(0, np.int32)
             penalties = Penalties(
                 repetition=params.repetition_penalty,
                 frequency=params.frequency_penalty,
                 presence=params.presence_penalty,
             )
-            changes.append(
-                self._ops.penalize(logits, np.asarray(prompt, np.int32), output, penalties)
-            )
+            changes.append(self._ops.penalize(logits, prompt, row.output_token_ids, penalties))
         if params.logit_bias:
             biased = np.fromiter(params.logit_bias, np.int32, len(params.logit_bias))
             changes.append((biased, logits[biased]))
@@ -147,7 +163,7 @@ class Sampler:
     def _masked_ids(self, row: SampleRow) -> I32:
         """Ids that would end the sequence, while it is shorter than min_tokens."""
         params = row.params
-        if len(row.output_token_ids) >= params.min_tokens:
+        if row.position - row.num_prompt_tokens >= params.min_tokens:
             return np.empty(0, np.int32)
         eos = () if params.ignore_eos else self._eos_token_ids
         return np.array(sorted({*eos, *params.stop_token_ids}), np.int32)
@@ -172,13 +188,19 @@ class Sampler:
 
 def _needs_logits(row: SampleRow) -> bool:
     params = row.params
-    return not params.is_greedy or params.logprobs is not None or _is_adjusted(row)
+    return (
+        params.temperature >= GREEDY_TEMPERATURE or params.logprobs is not None or _is_adjusted(row)
+    )
 
 
 def _is_adjusted(row: SampleRow) -> bool:
     params = row.params
     return bool(
-        _is_penalized(params) or params.logit_bias or len(row.output_token_ids) < params.min_tokens
+        params.min_tokens > row.position - row.num_prompt_tokens
+        or params.logit_bias
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 
 import pytest
@@ -43,6 +44,52 @@ def test_chunks_and_decodes_mix_in_one_batch() -> None:
     arrays = [batch.token_ids, batch.logits_rows, *_arrays(batch.attention)]
     assert {str(a.dtype) for a in arrays} == {"int32"}
     assert all(a.flags.c_contiguous for a in arrays)
+
+
+def test_drafts_are_rows_behind_the_last_token() -> None:
+    drafting = share([20, 21, 22], 2, 1, [5, 3])._replace(draft_token_ids=(40, 41, 42))
+    batch = build_forward_batch([share([30], 0, 1, [1]), drafting], block_size=4)
+    assert batch.token_ids.tolist() == [30, 22, 40, 41, 42]
+    assert batch.attention.seq_lens.tolist() == [1, 6]
+    assert batch.attention.positions.tolist() == [0, 2, 3, 4, 5]
+    assert batch.attention.slot_mapping.tolist() == [4, 22, 23, 12, 13]
+    assert batch.logits_rows.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_every_token_has_the_slot_of_its_position(block_size: int) -> None:
+    rng = random.Random(block_size)
+    items = []
+    for _ in range(40):
+        token_ids = rng.choices(range(1000), k=rng.randint(1, 70))
+        computed = rng.randrange(len(token_ids))
+        count = rng.choice([1, rng.randint(1, len(token_ids) - computed)])
+        items.append(share(token_ids, computed, count, rng.sample(range(200), 71)))
+    batch = build_forward_batch(items, block_size)
+    expected = [
+        (
+            item.token_ids[position],
+            position,
+            item.block_ids[position // block_size] * block_size + position % block_size,
+        )
+        for item in items
+        for position in range(
+            item.num_computed_tokens, item.num_computed_tokens + item.num_scheduled_tokens
+        )
+    ]
+    attention = batch.attention
+    made = zip(
+        batch.token_ids.tolist(),
+        attention.positions.tolist(),
+        attention.slot_mapping.tolist(),
+        strict=True,
+    )
+    assert list(made) == expected
+
+
+def test_a_step_may_sample_nothing() -> None:
+    batch = build_forward_batch([share([20, 21, 22], 0, 2, [5])], block_size=4)
+    assert batch.logits_rows.shape == (0,)
 
 
 def _arrays(attention: object) -> list[object]:

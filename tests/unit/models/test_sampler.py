@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ def row(
 ) -> SampleRow:
     values = {"max_tokens": 50, "temperature": 0.0} | params
     prompt, output = prompt or [0], output or []
-    return SampleRow(SamplingParams(**values), prompt, output, len(prompt) + len(output))
+    token_ids = array("i", prompt + output)
+    return SampleRow(SamplingParams(**values), token_ids, len(prompt), len(token_ids))
 
 
 def choose(sampler: Sampler, *rows: SampleRow, logits: F32 = LOGITS) -> list[int]:
@@ -146,7 +148,7 @@ def test_rows_that_the_head_has_chosen_stay_in_their_places(sampler: Sampler) ->
     for chosen in (rows, [row()] * 9, [row(temperature=1.0, seed=n) for n in range(9)]):
         order = HeadOrder.of(chosen)
         assert order.num_greedy == sum(r == row() or r == rows[7] for r in chosen)
-        in_order = logits[order.row_idxs]
+        in_order = order.arrange(logits)
         greedy_ids = in_order[: order.num_greedy].argmax(axis=1).astype(np.int32)
         result = sampler.complete(order, greedy_ids, in_order[order.num_greedy :], chosen)
         assert result == sampler.sample(logits, chosen)
@@ -155,19 +157,18 @@ def test_rows_that_the_head_has_chosen_stay_in_their_places(sampler: Sampler) ->
 def test_seed_and_position_choose_the_random_number(sampler: Sampler) -> None:
     flat = np.zeros(10, np.float32)
     first = row(temperature=1.0, seed=1)
-    later = [SampleRow(first.params, [0], [], position) for position in range(200)]
+    later = [first._replace(position=position) for position in range(200)]
     tokens = choose(sampler, *later, logits=flat)
     assert tokens == choose(sampler, *later, logits=flat)
     assert set(tokens) == set(range(10))
-    other = [row(temperature=1.0, seed=2)] + [
-        SampleRow(row(temperature=1.0, seed=2).params, [0], [], p) for p in range(1, 200)
-    ]
+    second = row(temperature=1.0, seed=2)
+    other = [second._replace(position=position) for position in range(200)]
     assert choose(sampler, *other, logits=flat) != tokens
 
 
 def test_frequencies_follow_the_probabilities(sampler: Sampler) -> None:
-    params = row(temperature=1.0, seed=11).params
-    rows = [SampleRow(params, [0], [], position) for position in range(4000)]
+    first = row(temperature=1.0, seed=11)
+    rows = [first._replace(position=position) for position in range(4000)]
     counts = np.bincount(choose(sampler, *rows), minlength=10) / 4000
     exact = np.exp(LOGITS) / np.exp(LOGITS).sum()
     np.testing.assert_allclose(counts, exact, atol=0.03)
