@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from xdeepserve import garbage
 from xdeepserve.clock import Clock
 from xdeepserve.errors import CapacityError, EngineDeadError, RequestError
 from xdeepserve.flowserve.executor import Executor
@@ -230,11 +231,15 @@ class DPGroup:
 
     def _await_work(self) -> bool:
         """Sleep while idle; False when the loop should end."""
+        is_collected = False
         with self._wakeup:
             while not self._has_work() and self._close_deadline_s is None:
                 self._last_progress_s = self._clock.monotonic()
                 if not self._wakeup.wait(IDLE_WAKE_S):
                     self._scheduler.check_integrity()
+                    if not is_collected:
+                        garbage.collect_idle()
+                        is_collected = True
             if self._close_deadline_s is None:
                 return True
             return self._has_work() and self._clock.monotonic() < self._close_deadline_s

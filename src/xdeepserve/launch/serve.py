@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from xdeepserve import envs
+from xdeepserve import envs, garbage
 from xdeepserve.config import GatewayConfig, SloConfig
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.compose import LoadedModel, add_model_arguments, load_named
@@ -157,5 +157,6 @@ def _serve_colocated(
     )
     app.state.gateway.metrics.count_objectives(deployment.slo)
     engine.start()
+    garbage.settle()
     run_server(app, deployment.gateway, listener=listener, access_log=access_log)
     return 0

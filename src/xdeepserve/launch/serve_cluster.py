@@ -10,6 +10,7 @@ from typing import Final
 
 from setproctitle import setproctitle
 
+from xdeepserve import garbage
 from xdeepserve.flowserve.build import engine_info
 from xdeepserve.launch.background import Background
 from xdeepserve.launch.cluster import Cluster
@@ -107,6 +108,7 @@ async def _serve(
             access_log=access_log,
             on_ready=lambda: print(ready_line, flush=True),
         )
+        garbage.settle()
         await background.guard(server.serve(sockets=[listener]), stop=server.stop)
     finally:
         await cluster.stop(drain_timeout_s=STOP_DRAIN_S)

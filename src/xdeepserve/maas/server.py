@@ -19,6 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from xdeepserve import garbage
 from xdeepserve.config import GatewayConfig
 from xdeepserve.errors import ConfigError
 from xdeepserve.maas.gateway import Gateway
@@ -32,6 +33,8 @@ KEEP_ALIVE_S = 65
 """Longer than the idle timeout of common HTTP clients and balancers, so that they close first."""
 HEAD_TIMEOUT_S = 30.0
 """For a client to send its request line and headers, from the connection or their first byte."""
+COLLECT_AFTER_TICKS = 10
+"""Ticks, of a tenth of a second, without a request before garbage is collected."""
 CLOSE_TIMEOUT_S = 3
 """After the drain: for aborted streams to tell their clients."""
 
@@ -100,6 +103,7 @@ class DrainingServer(uvicorn.Server):
         self._drain_timeout_s = drain_timeout_s
         self._on_ready = on_ready
         self._num_signals = 0
+        self._num_idle_ticks = 0
         self._deadline_s: float | None = None
 
     def stop(self) -> None:
@@ -113,6 +117,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; True ends the accept loop and begins uvicorn's shutdown."""
         is_over = await super().on_tick(counter)
+        self._collect_when_idle()
         if self._num_signals == 0:
             return is_over
         now_s = asyncio.get_running_loop().time()
@@ -124,6 +129,12 @@ class DrainingServer(uvicorn.Server):
             self._gateway.abort_running()
             return True
         return not self.server_state.tasks
+
+    def _collect_when_idle(self) -> None:
+        """Once in each idle spell that lasts."""
+        self._num_idle_ticks = 0 if self._gateway.num_running else self._num_idle_ticks + 1
+        if self._num_idle_ticks == COLLECT_AFTER_TICKS:
+            garbage.collect_idle()
 
     def _announce_drain(self) -> None:
         """Whoever pressed Ctrl-C should know what is waited for, and how not to wait."""

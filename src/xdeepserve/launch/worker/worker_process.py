@@ -14,6 +14,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
+from xdeepserve import garbage
 from xdeepserve.control import ControlServer, Peer
 from xdeepserve.errors import ConfigError
 from xdeepserve.launch.worker.body import CountsExperts, HoldsExperts, WorkerBody, WorkerContext
@@ -93,6 +94,7 @@ class WorkerProcess:
             starting.cancel()
             return
         starting.result()
+        garbage.settle()
         self._is_ready = True
         name, incarnation = self._context.spec.name, self._context.incarnation
         logger.info("%s is ready (incarnation %d)", name, incarnation)
