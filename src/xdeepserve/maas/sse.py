@@ -26,6 +26,8 @@ from xdeepserve.maas.schema import PromptTokensDetails, UsageInfo
 logger = logging.getLogger(__name__)
 
 SEND_TIMEOUT_S = 60.0
+"""A client that takes nothing for so long counts as gone."""
+
 DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -88,11 +90,12 @@ class GenerationResponse(Response):
         try:
             async with self._gateway.run(self._plan, self._request_id) as generation:
                 write = self._write_stream if self._is_stream else self._write_whole
-                await unless_disconnected(receive, write(generation, send))
+                writer = BodyWriter(send)
+                await unless_disconnected(receive, write(generation, writer), writer.stalled())
         except ClientGone:
             return
 
-    async def _write_whole(self, generation: Generation, send: Send) -> None:
+    async def _write_whole(self, generation: Generation, writer: BodyWriter) -> None:
         parts: list[list[ChoiceDelta]] = [[] for _ in generation.requests]
         while deltas := await generation.next_deltas():
             for delta in deltas:
@@ -103,33 +106,46 @@ class GenerationResponse(Response):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
         ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await _send_body(send, body, is_last=True)
+        await writer.start(headers)
+        await writer.write(body, is_last=True)
 
-    async def _write_stream(self, generation: Generation, send: Send) -> None:
+    async def _write_stream(self, generation: Generation, writer: BodyWriter) -> None:
         deltas = await generation.next_deltas()
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await writer.start(_STREAM_HEADERS)
         try:
             while deltas:
                 chunks = (chunk for delta in deltas for chunk in self._reply.chunks(delta))
-                await _send_body(send, b"".join(map(event, chunks)))
+                await writer.write(b"".join(map(event, chunks)))
                 deltas = await generation.next_deltas()
             usage = self._reply.usage_chunk(generation.usage())
             tail = DONE if usage is None else event(usage) + DONE
         except XDeepServeError as exc:
             tail = event(error_body(exc))
-        except ClientGone:
-            raise
         except Exception as exc:  # loop top of a stream: the status is already sent
             logger.error("stream %s failed", self._request_id, exc_info=exc)
             tail = event(internal_error(self._request_id))
-        await _send_body(send, tail, is_last=True)
+        await writer.write(tail, is_last=True)
 
 
-async def _send_body(send: Send, body: bytes, *, is_last: bool = False) -> None:
-    """Write; a client that does not read for SEND_TIMEOUT_S counts as gone."""
-    try:
-        async with asyncio.timeout(SEND_TIMEOUT_S):
-            await send({"type": "http.response.body", "body": body, "more_body": not is_last})
-    except TimeoutError:
-        raise ClientGone from None
+class BodyWriter:
+    """Writes the body of one reply. Times it without a timer for each of its many writes."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._begun_s: float | None = None
+
+    async def start(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Status 200 and the headers."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def write(self, body: bytes, *, is_last: bool = False) -> None:
+        """Returns when the client has taken enough of what was written before."""
+        self._begun_s = self._loop.time()
+        await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+        self._begun_s = None
+
+    async def stalled(self) -> None:
+        """Returns when a write has taken SEND_TIMEOUT_S, or up to a quarter more."""
+        while self._begun_s is None or self._loop.time() - self._begun_s < SEND_TIMEOUT_S:
+            await asyncio.sleep(SEND_TIMEOUT_S / 4)

@@ -29,6 +29,7 @@ class Call:
     Attributes:
         sent: what the app sent.
         first_body: set when the app sent body bytes.
+        is_reading: while cleared, the app's writes of body bytes wait.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Call:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.sent: list[Message] = []
         self.first_body = asyncio.Event()
+        self.is_reading = asyncio.Event()
+        self.is_reading.set()
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         parts = chunks if chunks is not None else [raw]
         for i, part in enumerate(parts):
@@ -69,6 +72,7 @@ class Call:
         self.sent.append(message)
         if message.get("body"):
             self.first_body.set()
+            await self.is_reading.wait()
 
     def disconnect(self) -> None:
         """The client goes away."""
