@@ -30,6 +30,7 @@ using Floats3 = Array<const float, 3>;
 using Ints1 = Array<const int32_t, 1>;
 using Ints2 = Array<const int32_t, 2>;
 using AnyArray = nb::ndarray<nb::c_contig, nb::device::cpu>;
+using OptionalScales = std::optional<Array<float, 4>>;
 using AnyConstArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 
 template <class A>
@@ -67,12 +68,20 @@ bool is_bf16(const A& array, const char* what) {
   throw nb::type_error((std::string(what) + " must be float32, or uint16 bfloat16 bits").c_str());
 }
 
+// What a cache array holds; int8 only where scales go with it.
+template <class A>
+KvType kv_type(const A& array, bool has_scales, const char* what) {
+  if (!has_scales) return is_bf16(array, what) ? KvType::kBf16 : KvType::kFloat32;
+  if (array.dtype() == nb::dtype<int8_t>()) return KvType::kInt8;
+  throw nb::type_error((std::string(what) + " must be int8, as it has scales").c_str());
+}
+
 // A PackedWeight as seen from Python: its bytes, dtype number and (G, N, K).
 Weight view_weight(const Bytes& data, int dtype, int64_t groups, int64_t n, int64_t k);
 Weight weight_shape(int dtype, int64_t groups, int64_t n, int64_t k);
 
 // The cache arrays of a layer as the operators see them.
-Cache view_cache(const AnyArray& keys, const AnyArray& values);
+Cache view_cache(const AnyArray& keys, const AnyArray& values, const OptionalScales& scales);
 Cache view_latents(const AnyArray& keys);
 void check_gate(const Gate& gate);
 

@@ -7,28 +7,37 @@ using namespace nb::literals;
 
 Cache view_latents(const AnyArray& keys) {
   check(keys.ndim() == 4, "the latent cache must be [blocks, 1, block size, D]");
-  const Cache kv{keys.data(),   nullptr,       is_bf16(keys, "the latent cache"),
-                 size(keys, 0), size(keys, 1), size(keys, 2),
-                 size(keys, 3)};
+  const Cache kv{keys.data(),   nullptr,       nullptr,       kv_type(keys, false, "the latent cache"),
+                 size(keys, 0), size(keys, 1), size(keys, 2), size(keys, 3)};
   check_equal(kv.heads, 1, "kv heads of a latent cache");
   check(kv.block_size >= 1 && kv.dim >= 1, "the cache has an empty dimension");
   return kv;
 }
 
-Cache view_cache(const AnyArray& keys, const AnyArray& values) {
+Cache view_cache(const AnyArray& keys, const AnyArray& values, const OptionalScales& scales) {
   check(keys.ndim() == 4 && values.ndim() == 4,
         "caches must be [blocks, kv heads, D, block size] (keys) and "
         "[blocks, kv heads, block size, D] (values)");
-  const Cache kv{keys.data(),   values.data(), is_bf16(keys, "the key cache"),
-                 size(keys, 0), size(keys, 1), size(keys, 3),
+  const Cache kv{keys.data(),
+                 values.data(),
+                 scales ? scales->data() : nullptr,
+                 kv_type(keys, scales.has_value(), "the key cache"),
+                 size(keys, 0),
+                 size(keys, 1),
+                 size(keys, 3),
                  size(keys, 2)};
   check(kv.heads >= 1 && kv.block_size >= 1 && kv.dim >= 1, "the cache has an empty dimension");
-  check(is_bf16(values, "the value cache") == kv.bf16,
+  check(kv_type(values, scales.has_value(), "the value cache") == kv.type,
         "the value cache must have the dtype of the key cache");
   check_equal(size(values, 0), kv.blocks, "blocks of the value cache");
   check_equal(size(values, 1), kv.heads, "kv heads of the value cache");
   check_equal(size(values, 2), kv.block_size, "block size of the value cache");
   check_equal(size(values, 3), kv.dim, "head size of the value cache");
+  if (scales) {
+    check(size(*scales, 0) == kv.blocks && size(*scales, 1) == kv.heads && size(*scales, 2) == 2 &&
+              size(*scales, 3) == kv.block_size,
+          "scales must be [blocks, kv heads, 2, block size]");
+  }
   return kv;
 }
 

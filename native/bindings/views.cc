@@ -21,9 +21,11 @@ void init_weight(WeightView* self, Bytes data, int dtype, std::tuple<int64_t, in
   new (self) WeightView{std::move(data), w};
 }
 
-void init_cache(CacheView* self, AnyArray keys, std::optional<AnyArray> values) {
-  const Cache cache = values ? view_cache(keys, *values) : view_latents(keys);
-  new (self) CacheView{std::move(keys), std::move(values), cache};
+void init_cache(CacheView* self, AnyArray keys, std::optional<AnyArray> values,
+                OptionalScales scales) {
+  check(values || !scales, "a cache of latents has no scales");
+  const Cache cache = values ? view_cache(keys, *values, scales) : view_latents(keys);
+  new (self) CacheView{std::move(keys), std::move(values), std::move(scales), cache};
 }
 
 int64_t checked_max(const int32_t* values, int64_t count, const char* what) {
@@ -96,7 +98,8 @@ void bind_views(nb::module_& m) {
   nb::class_<WeightView>(m, "Weight")
       .def("__init__", &init_weight, "data"_a.noconvert(), "dtype"_a, "shape"_a);
   nb::class_<CacheView>(m, "Cache")
-      .def("__init__", &init_cache, "keys"_a.noconvert(), "values"_a.noconvert().none());
+      .def("__init__", &init_cache, "keys"_a.noconvert(), "values"_a.noconvert().none(),
+           "scales"_a.noconvert().none());
   nb::class_<BatchView>(m, "Batch")
       .def("__init__", &init_batch, "query_start"_a.noconvert(), "seq_lens"_a.noconvert(),
            "block_tables"_a.noconvert(), "positions"_a.noconvert(), "slot_mapping"_a.noconvert(),

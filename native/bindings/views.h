@@ -17,6 +17,7 @@ struct WeightView {
 struct CacheView {
   AnyArray keys;
   std::optional<AnyArray> values;
+  OptionalScales scales;
   Cache cache;
 };
 

@@ -43,8 +43,8 @@ struct Shape {
   int64_t group() const { return num_heads / kv_heads; }
 };
 
-const void* at_offset(const void* base, bool bf16, int64_t elements) {
-  return static_cast<const uint8_t*>(base) + elements * (bf16 ? 2 : 4);
+const void* at_offset(const void* base, KvType type, int64_t elements) {
+  return static_cast<const uint8_t*>(base) + elements * kv_bytes(type);
 }
 
 // Where the row of `slot` begins in a cache of rows [blocks, heads, block_size, dim].
@@ -53,12 +53,34 @@ int64_t row_offset(const Cache& kv, int64_t slot, int64_t head) {
   return ((block * kv.heads + head) * kv.block_size + row) * kv.dim;
 }
 
-void write_row(const Kernels& kernels, void* cache, bool bf16, int64_t offset, const float* row,
-               int64_t n) {
-  if (bf16) {
-    kernels.to_bf16_row(row, n, static_cast<uint16_t*>(cache) + offset);
+// The scales of `slot` in an int8 cache: of its key, and block_size further of its value.
+float* scale_of(const Cache& kv, int64_t slot, int64_t head) {
+  const int64_t block = slot / kv.block_size, row = slot % kv.block_size;
+  return kv.scales + (block * kv.heads + head) * 2 * kv.block_size + row;
+}
+
+void write_value(const Kernels& kernels, const Cache& kv, int64_t slot, int64_t head,
+                 const float* value) {
+  const int64_t offset = row_offset(kv, slot, head);
+  switch (kv.type) {
+    case KvType::kFloat32:
+      std::copy_n(value, kv.dim, static_cast<float*>(kv.values) + offset);
+      return;
+    case KvType::kBf16:
+      return kernels.to_bf16_row(value, kv.dim, static_cast<uint16_t*>(kv.values) + offset);
+    case KvType::kInt8:
+      scale_of(kv, slot, head)[kv.block_size] =
+          kernels.quantize_row(value, kv.dim, static_cast<int8_t*>(kv.values) + offset);
+  }
+}
+
+// `n` entries of a latent row.
+void write_latent(const Kernels& kernels, const Cache& kv, int64_t offset, const float* row,
+                  int64_t n) {
+  if (kv.type == KvType::kBf16) {
+    kernels.to_bf16_row(row, n, static_cast<uint16_t*>(kv.keys) + offset);
   } else {
-    std::copy_n(row, n, static_cast<float*>(cache) + offset);
+    std::copy_n(row, n, static_cast<float*>(kv.keys) + offset);
   }
 }
 
@@ -67,17 +89,25 @@ void write_column(const T* column, int64_t n, int64_t stride, T* out) {
   for (int64_t d = 0; d < n; ++d) out[d * stride] = column[d];
 }
 
-// Write a key into the transposed cache [blocks, heads, dim, block_size]; `bits` is scratch.
+// Write a key into the transposed cache [blocks, heads, dim, block_size]; `scratch` holds dim floats.
 void write_key(const Kernels& kernels, const Cache& kv, int64_t slot, int64_t head,
-               const float* key, uint16_t* bits) {
+               const float* key, void* scratch) {
   const int64_t block = slot / kv.block_size;
   const int64_t offset =
       (block * kv.heads + head) * kv.dim * kv.block_size + slot % kv.block_size;
-  if (kv.bf16) {
-    kernels.to_bf16_row(key, kv.dim, bits);
-    write_column(bits, kv.dim, kv.block_size, static_cast<uint16_t*>(kv.keys) + offset);
-  } else {
-    write_column(key, kv.dim, kv.block_size, static_cast<float*>(kv.keys) + offset);
+  switch (kv.type) {
+    case KvType::kFloat32:
+      return write_column(key, kv.dim, kv.block_size, static_cast<float*>(kv.keys) + offset);
+    case KvType::kBf16: {
+      auto* bits = static_cast<uint16_t*>(scratch);
+      kernels.to_bf16_row(key, kv.dim, bits);
+      return write_column(bits, kv.dim, kv.block_size, static_cast<uint16_t*>(kv.keys) + offset);
+    }
+    case KvType::kInt8: {
+      auto* bytes = static_cast<int8_t*>(scratch);
+      *scale_of(kv, slot, head) = kernels.quantize_row(key, kv.dim, bytes);
+      write_column(bytes, kv.dim, kv.block_size, static_cast<int8_t*>(kv.keys) + offset);
+    }
   }
 }
 
@@ -148,9 +178,11 @@ AttendTask make_task(const Batch& batch, const Cache& kv, const Shape& shape, co
   task.value_dim = shape.value_dim;
   task.scale = scale;
   const int64_t head_offset = item.head * kv.block_size * kv.dim;
-  task.keys = at_offset(kv.keys, kv.bf16, head_offset);
-  if (kv.values != nullptr) task.values = at_offset(kv.values, kv.bf16, head_offset);
-  task.bf16 = kv.bf16;
+  task.keys = at_offset(kv.keys, kv.type, head_offset);
+  if (kv.values != nullptr) task.values = at_offset(kv.values, kv.type, head_offset);
+  task.type = kv.type;
+  if (kv.scales != nullptr) task.scales = kv.scales + item.head * 2 * kv.block_size;
+  task.scale_stride = kv.heads * 2 * kv.block_size;
   task.block_stride = kv.heads * kv.block_size * kv.dim;
   task.block_size = kv.block_size;
   task.block_table = batch.block_tables + item.sequence * batch.max_blocks;
@@ -233,10 +265,10 @@ void rope_kv_write(Context& ctx, const float* qkv, Rope rope, const Batch& batch
     }
     for (int64_t h = 0; h < kv.heads; ++h, row += dim) {
       rotate(row, norm.k_weight, key);
-      write_key(kernels, kv, batch.slots[t], h, key, reinterpret_cast<uint16_t*>(key + dim));
+      write_key(kernels, kv, batch.slots[t], h, key, key + dim);
     }
     for (int64_t h = 0; h < kv.heads; ++h, row += dim) {
-      write_row(kernels, kv.values, kv.bf16, row_offset(kv, batch.slots[t], h), row, dim);
+      write_value(kernels, kv, batch.slots[t], h, row);
     }
   };
   // Neighbours share cache lines of keys, so one thread writes several.
@@ -266,8 +298,8 @@ void mla_kv_write(Context& ctx, const float* latent, int64_t rank, const float* 
   const int64_t rope_dim = kv.dim - rank;
   for (int64_t t = 0; t < batch.tokens; ++t) {
     const int64_t at = row_offset(kv, batch.slots[t], 0);
-    write_row(ctx.kernels, kv.keys, kv.bf16, at, latent + t * rank, rank);
-    write_row(ctx.kernels, kv.keys, kv.bf16, at + rank, k_rope + t * rope_dim, rope_dim);
+    write_latent(ctx.kernels, kv, at, latent + t * rank, rank);
+    write_latent(ctx.kernels, kv, at + rank, k_rope + t * rope_dim, rope_dim);
   }
 }
 

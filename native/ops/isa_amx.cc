@@ -1,5 +1,5 @@
 // Kernels for avx512 with tile registers (AMX): the same vector type; GEMMs and attention
-// over a bf16 cache of their own.
+// over bf16 and int8 caches of their own.
 #include <immintrin.h>
 
 #include <math.h>
@@ -20,6 +20,7 @@ namespace {
 #include "kernels_table.inl"
 
 #include "kernels_amx.inl"
+#include "kernels_amx_few.inl"
 #include "kernels_amx_attend.inl"
 
 constexpr Kernels make_amx_table() {

@@ -37,6 +37,13 @@ struct PanelTask {
   const int32_t* col_sum;
 };
 
+// What a KV cache holds: float32, bfloat16 bits, or int8 that is multiplied by a scale per row.
+enum class KvType : uint8_t { kFloat32, kBf16, kInt8 };
+
+inline constexpr int64_t kv_bytes(KvType type) {
+  return type == KvType::kFloat32 ? 4 : type == KvType::kBf16 ? 2 : 1;
+}
+
 // Attention of some query rows of one sequence over one head of its paged cache.
 struct AttendTask {
   const float* const* q;   // [rows] query rows of key_dim floats
@@ -49,7 +56,9 @@ struct AttendTask {
   float scale;
   const void* keys;        // cache at (block 0, this head): [key_dim, block_size]
   const void* values;      // [block_size, value_dim]; null: one row [key_dim] is key and value
-  bool bf16;
+  KvType type;
+  const float* scales;     // int8: at (block 0, this head) [2, block_size], of keys and of values
+  int64_t scale_stride;    // floats between blocks
   int64_t block_stride;    // elements between blocks
   int64_t block_size;
   const int32_t* block_table;

@@ -1,5 +1,5 @@
-// Attention over a bf16 cache on tile registers. Queries and softmax weights are rounded to bf16;
-// sums stay float32. Both products of a partition are taken 32 terms at a time, counted from its
+// Attention over a bf16 or int8 cache on tile registers. Queries and softmax weights are rounded to
+// bf16, int8 becomes bf16; sums stay float32. Both products of a partition are taken 32 terms at a time, counted from its
 // first position or entry, so neither the rows nor the blocks of a task touch a row's bits.
 //
 //   keys [D, block]       --pair neighbours in D-->  panel of 32 positions   scores = q x panel
@@ -54,30 +54,6 @@ inline TileScratch split_tile_scratch(const AttendTask& t) {
   return s;
 }
 
-// Where the positions of one partition lie in the cache, 16 at a time where blocks are so long.
-struct TilePlaces {
-  const uint16_t* keys[kPartition / 16];
-  const uint16_t* pieces[kPartition / 16];  // rows of values or latents
-  const uint16_t* rows[kPartition];         // the same one by one, in blocks of another length
-  int64_t width;
-  bool is_whole;
-
-  TilePlaces(const AttendTask& t, int64_t first, int64_t count)
-      : width(t.values == nullptr ? t.key_dim : t.value_dim), is_whole(t.block_size % 16 == 0) {
-    const auto* base = static_cast<const uint16_t*>(t.values == nullptr ? t.keys : t.values);
-    for (int64_t j = 0; j < count; j += is_whole ? 16 : 1) {
-      const int64_t block = t.block_table[(first + j) / t.block_size] * t.block_stride;
-      const int64_t in_block = (first + j) % t.block_size;
-      (is_whole ? pieces[j / 16] : rows[j]) = base + block + in_block * width;
-      if (is_whole) keys[j / 16] = static_cast<const uint16_t*>(t.keys) + block + in_block;
-    }
-  }
-
-  const uint16_t* row(int64_t j) const {
-    return is_whole ? pieces[j / 16] + j % 16 * width : rows[j];
-  }
-};
-
 struct Pair {
   F16 first;
   F16 second;
@@ -109,65 +85,67 @@ inline void store_half_pairs(uint8_t* half_row, __m256i even, __m256i odd) {
   _mm256_store_si256(to + 1, _mm256_unpackhi_epi16(even, odd));
 }
 
+// 16 elements of the cache as bf16: exact for int8.
 inline __m256i load_half(const uint16_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
+inline __m256i load_half(const int8_t* p) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load_s8(p).v));
+}
 
-// What pairing brings into the cache: the values of its own positions and the keys of the next.
-// They lie as the keys do: 16 positions in a piece, a line of each per pair of dimensions.
-struct PiecesAhead {
-  const uint16_t* pieces[4];
+// 32 elements of the cache as bf16, those outside the mask zero.
+inline __m512i load_row(const uint16_t* p, __mmask32 mask) {
+  return _mm512_maskz_loadu_epi16(mask, p);
+}
+inline __m512i load_row(const int8_t* p, __mmask32 mask) {
+  const __m512i shorts = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, p));
+  const __m512i low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(shorts));
+  const __m512i high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(shorts, 1));
+  return reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low)));
+}
 
-  PiecesAhead(const AttendTask& t, const uint16_t* keys, int64_t first, int64_t at) {
-    const int64_t length = t.first_length + t.rows / t.rows_per_token - 1;
-    for (int64_t i = 0; i < 4; ++i) {
-      const int64_t position = first + at + 16 * i;
-      pieces[i] = keys;
-      if (position >= length) continue;
-      const int64_t in_block = position % t.block_size;
-      const auto* cache = static_cast<const uint16_t*>(i < 2 ? t.values : t.keys);
-      pieces[i] = cache + t.block_table[position / t.block_size] * t.block_stride +
-                  in_block * (i < 2 ? t.value_dim : 1);
-    }
-  }
-
-  void fetch(int64_t d) const {
-    for (const uint16_t* piece : pieces) __builtin_prefetch(piece + d * 16, 0, 3);
-  }
+// The keys of 32 positions: two pieces of 16, lines of which are `stride` elements apart.
+template <class T>
+struct KeyPieces {
+  const T* low;
+  const T* high;
+  int64_t stride;
 };
 
-// The panel of keys at positions [at, at + 32) of a partition. Positions past its end repeat others.
-inline void pair_keys(const AttendTask& t, const TileScratch& s, const TilePlaces& places,
+// The keys of positions [at, at + 32) of a partition; positions past its end repeat others.
+template <class E>
+inline KeyPieces<typename E::T> key_pieces(const AttendTask& t, const TileScratch& s,
+                                           const Places<E>& places, int64_t first, int64_t at,
+                                           int64_t count) {
+  using T = typename E::T;
+  if (t.block_size % 16 == 0) {
+    const T* low = places.keys[at / 16];
+    return {low, at + 16 < count ? places.keys[at / 16 + 1] : low, t.block_size};
+  }
+  auto* keys = reinterpret_cast<T*>(s.keys);
+  for (int64_t j = 0; j < lesser(kGroup, count - at); ++j) {
+    const int64_t position = first + at + j;
+    const T* from = static_cast<const T*>(t.keys) + position % t.block_size +
+                    t.block_table[position / t.block_size] * t.block_stride;
+    for (int64_t d = 0; d < t.key_dim; ++d) keys[d * kGroup + j] = from[d * t.block_size];
+  }
+  return {keys, keys + 16, kGroup};
+}
+
+// The panel of keys at positions [at, at + 32) of a partition.
+template <class E>
+inline void pair_keys(const AttendTask& t, const TileScratch& s, const Places<E>& places,
                       int64_t first, int64_t at, int64_t count) {
-  const uint16_t* low = s.keys;
-  const uint16_t* high = s.keys + 16;
-  int64_t stride = kGroup;
-  if (places.is_whole) {
-    low = places.keys[at / 16];
-    high = at + 16 < count ? places.keys[at / 16 + 1] : low;
-    stride = t.block_size;
-  } else {
-    for (int64_t j = 0; j < lesser(kGroup, count - at); ++j) {
-      const int64_t position = first + at + j;
-      const uint16_t* from = static_cast<const uint16_t*>(t.keys) + position % t.block_size +
-                             t.block_table[position / t.block_size] * t.block_stride;
-      for (int64_t d = 0; d < t.key_dim; ++d) s.keys[d * kGroup + j] = from[d * t.block_size];
-    }
-  }
-  const PiecesAhead ahead(t, low, first, at);
+  const auto keys = key_pieces<E>(t, s, places, first, at, count);
   uint8_t* to = s.panel(at);
-  int64_t d = 0;
-  for (; d + 2 <= t.key_dim; d += 2, to += kStepBytes) {
-    ahead.fetch(d);
-    const int64_t even = d * stride, odd = even + stride;
-    store_half_pairs(to, load_half(low + even), load_half(low + odd));
-    store_half_pairs(to + 64, load_half(high + even), load_half(high + odd));
-  }
-  for (; d < s.key_pad; d += 2, to += kStepBytes) {
-    const __m256i zero = _mm256_setzero_si256();
-    const bool is_last = d < t.key_dim;
-    store_half_pairs(to, is_last ? load_half(low + d * stride) : zero, zero);
-    store_half_pairs(to + 64, is_last ? load_half(high + d * stride) : zero, zero);
+  const __m256i zero = _mm256_setzero_si256();
+  for (int64_t d = 0; d < s.key_pad; d += 2, to += kStepBytes) {
+    auto line = [&](const typename E::T* piece, int64_t which) {
+      return d + which < t.key_dim ? load_half(piece + (d + which) * keys.stride) : zero;
+    };
+    store_half_pairs(to, line(keys.low, 0), line(keys.low, 1));
+    store_half_pairs(to + 64, line(keys.high, 0), line(keys.high, 1));
   }
 }
 
@@ -231,9 +209,9 @@ inline void multiply_all(const void* a, ptrdiff_t a_stride, int64_t rows, const 
   }
 }
 
-inline void score_keys(const AttendTask& t, const TileScratch& s,
-                       const TilePlaces& places, int64_t first, int64_t count,
-                       int64_t start) {
+template <class E>
+inline void score_keys(const AttendTask& t, const TileScratch& s, const Places<E>& places,
+                       int64_t first, int64_t count, int64_t start) {
   for (int64_t at = 0; at < count; at += kGroup) pair_keys(t, s, places, first, at, count);
   for (int64_t at = 0; at < count; at += 2 * kGroup) {
     const uint8_t* other = s.panel(at + kGroup < count ? at + kGroup : at);
@@ -266,18 +244,18 @@ struct LatentTiles {
 };
 
 inline LatentTiles latent_tiles(const AttendTask& t, const TileScratch& s,
-                                const TilePlaces& places, int64_t at, int64_t count) {
+                                const Places<Bf16Element>& places, int64_t at, int64_t count) {
   LatentTiles tiles;
   const bool in_place = t.block_size % 16 == 0 && t.key_dim == s.key_pad;
   tiles.stride = s.key_pad * 2;
   for (int64_t j = 0; !in_place && j < lesser(kKeyTile, count - at); ++j) {
     uint16_t* row = s.keys + j * s.key_pad;
-    std::memcpy(row, places.row(at + j), static_cast<size_t>(t.key_dim) * 2);
+    std::memcpy(row, places.values[at + j], static_cast<size_t>(t.key_dim) * 2);
     for (int64_t d = t.key_dim; d < s.key_pad; ++d) row[d] = 0;
   }
   for (int64_t i = 0; i < 4; ++i) {
     const int64_t j = at + 16 * i < count ? 16 * i : 0;
-    tiles.rows[i] = in_place ? places.row(at + j) : s.keys + j * s.key_pad;
+    tiles.rows[i] = in_place ? places.values[at + j] : s.keys + j * s.key_pad;
   }
   memory_barrier();
   return tiles;
@@ -300,7 +278,7 @@ inline void multiply_latents(const LatentTiles& tiles, const uint8_t* panel, int
 }
 
 inline void score_latents(const AttendTask& t, const TileScratch& s,
-                          const TilePlaces& places, int64_t at, int64_t count,
+                          const Places<Bf16Element>& places, int64_t at, int64_t count,
                           int64_t start) {
   const LatentTiles tiles = latent_tiles(t, s, places, at, count);
   for (int64_t row = start / kTileRows * kTileRows; row < t.rows; row += kTileRows) {
@@ -321,10 +299,11 @@ inline void score_latents(const AttendTask& t, const TileScratch& s,
 }
 
 // Scores -> bf16 weights exp(score * scale - max) of the first `count` positions, zero up to `end`.
-inline PartSoftmax weigh_scores(const TileScratch& s, int64_t row, int64_t count, int64_t end,
-                                float scale) {
+template <class PartScales>
+inline PartSoftmax weigh_scores(const TileScratch& s, const PartScales& scales, int64_t row,
+                                int64_t count, int64_t end, float scale) {
   float* scores = s.scores + row * kPartition;
-  const PartSoftmax softmax = softmax_part(scores, count, scale);
+  const PartSoftmax softmax = scales.softmax(scores, count, scale);
   uint16_t* weights = s.weights(row);
   int64_t i = 0;
   for (; i < count; i += 16) {
@@ -339,8 +318,8 @@ inline PartSoftmax weigh_scores(const TileScratch& s, int64_t row, int64_t count
 
 // A panel of columns [column, column + 32) of the first `count` values, zero beyond; false when
 // kCheck and one of them is not finite.
-template <bool kCheck>
-inline bool pair_values(const AttendTask& t, const TilePlaces& places, int64_t count,
+template <class E, bool kCheck>
+inline bool pair_values(const AttendTask& t, const Places<E>& places, int64_t count,
                         int64_t column, uint8_t* panel) {
   const int64_t columns = greater(0, lesser(kGroup, t.value_dim - column));
   const auto mask = static_cast<__mmask32>((uint64_t{1} << columns) - 1);
@@ -348,7 +327,7 @@ inline bool pair_values(const AttendTask& t, const TilePlaces& places, int64_t c
   __m512i largest = _mm512_setzero_si512();
   auto take = [&](int64_t j) {
     if (j >= count) return _mm512_setzero_si512();
-    const __m512i row = _mm512_maskz_loadu_epi16(mask, places.row(j) + column);
+    const __m512i row = load_row(places.values[j] + column, mask);
     if constexpr (kCheck) largest = _mm512_max_epu16(largest, _mm512_and_si512(row, magnitude));
     return row;
   };
@@ -361,11 +340,13 @@ inline bool pair_values(const AttendTask& t, const TilePlaces& places, int64_t c
 
 // Weighted values of columns [column, column + 64) for rows [row, stop): of the first `count`
 // positions. False when a value is not finite and not `anyway`.
-inline bool weigh_values(const AttendTask& t, const TileScratch& s,
-                         const TilePlaces& places, int64_t row, int64_t stop,
-                         int64_t column, int64_t count, bool anyway, float* parts) {
+template <class E>
+inline bool weigh_values(const AttendTask& t, const TileScratch& s, const Places<E>& places,
+                         int64_t row, int64_t stop, int64_t column, int64_t count, bool anyway,
+                         float* parts) {
   uint8_t* other = s.values + kPartition * kGroup * 2;
-  const auto pair = anyway ? pair_values<false> : pair_values<true>;
+  const bool is_finite = anyway || std::is_same_v<E, Int8Element>;
+  const auto pair = is_finite ? pair_values<E, false> : pair_values<E, true>;
   const bool first_is_finite = pair(t, places, count, column, s.values);
   const bool second_is_finite = pair(t, places, count, column + kGroup, other);
   if (!first_is_finite || !second_is_finite) return false;
@@ -380,6 +361,7 @@ inline bool weigh_values(const AttendTask& t, const TileScratch& s,
   return true;
 }
 
+template <class E>
 inline int64_t attend_tile_partition(const AttendTask& t, const TileScratch& s, int64_t first,
                                      int64_t count, float* parts) {
   const int64_t start = greater(0, first - t.first_length + 1) * t.rows_per_token;
@@ -387,28 +369,31 @@ inline int64_t attend_tile_partition(const AttendTask& t, const TileScratch& s, 
   auto seen = [&](int64_t row) {
     return lesser(count, t.first_length + row / t.rows_per_token - first);
   };
-  const TilePlaces places(t, first, count);
-  if (t.values != nullptr) score_keys(t, s, places, first, count, start);
-  for (int64_t at = 0; t.values == nullptr && at < count; at += kKeyTile) {
-    score_latents(t, s, places, at, count, start);
+  const Places<E> places(t, first, count);
+  if (t.values != nullptr) score_keys<E>(t, s, places, first, count, start);
+  if constexpr (std::is_same_v<E, Bf16Element>) {
+    for (int64_t at = 0; t.values == nullptr && at < count; at += kKeyTile) {
+      score_latents(t, s, places, at, count, start);
+    }
   }
+  const Scales<E> scales(t, first, count);
   for (int64_t r = start; r < t.rows; ++r) {
-    const PartSoftmax softmax = weigh_scores(s, r, seen(r), end, t.scale);
+    const PartSoftmax softmax = weigh_scores(s, scales, r, seen(r), end, t.scale);
     parts[r * s.pitch + s.value_pad] = softmax.max;
     parts[r * s.pitch + s.value_pad + 1] = softmax.sum;
   }
   for (int64_t column = 0; column < t.value_dim; column += 2 * kGroup) {
     const bool see_all = seen(start) == count;
-    if (weigh_values(t, s, places, start, t.rows, column, count, see_all, parts)) continue;
+    if (weigh_values<E>(t, s, places, start, t.rows, column, count, see_all, parts)) continue;
     for (int64_t r = start; r < t.rows; ++r) {  // zero times infinity: keep to what a row sees
-      weigh_values(t, s, places, r, r + 1, column, seen(r), true, parts);
+      weigh_values<E>(t, s, places, r, r + 1, column, seen(r), true, parts);
     }
   }
   return start;
 }
 
-void attend_tiles(const AttendTask& t) {
-  if (!t.bf16) return attend(t);
+template <class E>
+inline void attend_many(const AttendTask& t) {
   shape_tiles();
   const TileScratch s = split_tile_scratch(t);
   for (int64_t r = 0; r < t.rows; ++r) {
@@ -418,6 +403,29 @@ void attend_tiles(const AttendTask& t) {
   }
   if (t.values == nullptr) transpose_queries(t, s);
   walk_partitions<F32Element>(t, s, [&](int64_t first, int64_t count, float* parts) {
-    return attend_tile_partition(t, s, first, count, parts);
+    return attend_tile_partition<E>(t, s, first, count, parts);
   });
+}
+
+// While it lives denormals count as zero everywhere, as they do in tiles.
+class FlushDenormals {
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | kFlush); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  static constexpr uint32_t kFlush = 0x8040;  // flush to zero, denormals are zero
+  uint32_t saved_;
+};
+
+void attend_tiles(const AttendTask& t) {
+  if (t.type == KvType::kFloat32) return attend_typed<F32Element>(t);
+  const FlushDenormals flush;
+  if (t.type == KvType::kBf16) {
+    is_for_few(t) ? attend_few<Bf16Element>(t) : attend_many<Bf16Element>(t);
+  } else {
+    is_for_few(t) ? attend_few<Int8Element>(t) : attend_many<Int8Element>(t);
+  }
 }

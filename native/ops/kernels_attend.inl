@@ -33,6 +33,50 @@ inline PartSoftmax softmax_part(float* scores, int64_t count, float scale) {
   return {top, reduce_add(sum)};
 }
 
+// row[i] *= by[i] for the first `count` entries.
+inline void scale_row(float* row, const float* by, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t left = count - i;
+    const F16 factors = load_up_to(by + i, left);
+    store_up_to(row + i, mul(load_up_to(row + i, left), factors), left);
+  }
+}
+
+// The scales of an int8 partition: scores are multiplied by those of the keys, weights by those of
+// the values.
+struct PartScales {
+  float keys[kPartition];
+  float values[kPartition];
+
+  PartScales(const AttendTask& t, int64_t first, int64_t count) {
+    int64_t block = first / t.block_size, in_block = first % t.block_size;
+    for (int64_t j = 0, n = 0; j < count; j += n, ++block, in_block = 0) {
+      n = lesser(count - j, t.block_size - in_block);
+      const float* from = t.scales + t.block_table[block] * t.scale_stride + in_block;
+      std::memcpy(keys + j, from, static_cast<size_t>(n) * sizeof(float));
+      std::memcpy(values + j, from + t.block_size, static_cast<size_t>(n) * sizeof(float));
+    }
+  }
+
+  PartSoftmax softmax(float* scores, int64_t count, float scale) const {
+    scale_row(scores, keys, count);
+    const PartSoftmax result = softmax_part(scores, count, scale);
+    scale_row(scores, values, count);
+    return result;
+  }
+};
+
+// Stands in for PartScales where there are none.
+struct NoScales {
+  NoScales(const AttendTask&, int64_t, int64_t) {}
+  PartSoftmax softmax(float* scores, int64_t count, float scale) const {
+    return softmax_part(scores, count, scale);
+  }
+};
+
+template <class E>
+using Scales = std::conditional_t<std::is_same_v<E, Int8Element>, PartScales, NoScales>;
+
 // Adds the weighted values of positions [at, at + kKeyTile) of a partition; seen(row) of its
 // positions count. Rows of a tile share the positions that all of them see.
 template <class E, class Seen>
@@ -67,8 +111,9 @@ inline int64_t attend_partition(const AttendTask& t, const AttendScratch& s, int
   for (int64_t at = 0; at < count; at += kKeyTile) {
     score_positions<E>(t, s, places, first, at, lesser(kKeyTile, count - at));
   }
+  const Scales<E> scales(t, first, count);
   for (int64_t r = start; r < t.rows; ++r) {
-    const PartSoftmax softmax = softmax_part(s.scores + r * kPartition, seen(r), t.scale);
+    const PartSoftmax softmax = scales.softmax(s.scores + r * kPartition, seen(r), t.scale);
     float* part = parts + r * s.pitch;
     std::memset(part, 0, static_cast<size_t>(s.value_pad) * sizeof(float));
     part[s.value_pad] = softmax.max;
@@ -140,9 +185,18 @@ inline void attend_typed(const AttendTask& t) {
   });
 }
 
+// body(element) for what the cache of `t` holds.
+template <class Body>
+inline void with_element(const AttendTask& t, Body&& body) {
+  switch (t.type) {
+    case KvType::kFloat32: return body(F32Element{});
+    case KvType::kBf16: return body(Bf16Element{});
+    case KvType::kInt8: return body(Int8Element{});
+  }
+}
+
 void attend(const AttendTask& t) {
-  if (t.bf16) return attend_typed<Bf16Element>(t);
-  attend_typed<F32Element>(t);
+  with_element(t, [&](auto element) { attend_typed<decltype(element)>(t); });
 }
 
 void merge_parts(const AttendTask& t) {
@@ -153,10 +207,8 @@ void merge_parts(const AttendTask& t) {
     for (int64_t p = 1; p * kPartition < length; ++p) {
       merge_part(total, total + p * t.rows * s.pitch, s.value_pad);
     }
-    if (t.bf16) {
-      write_result<Bf16Element>(t, s.value_pad, r, total);
-    } else {
-      write_result<F32Element>(t, s.value_pad, r, total);
-    }
+    with_element(t, [&](auto element) {
+      write_result<decltype(element)>(t, s.value_pad, r, total);
+    });
   }
 }

@@ -16,6 +16,14 @@ struct Bf16Element {
   static float value(uint16_t x) { return from_bf16(x); }
 };
 
+// The rows' scales are multiplied into scores and weights, see PartScales.
+struct Int8Element {
+  using T = int8_t;
+  static F16 load(const int8_t* p) { return load_s8(p); }
+  static void store(float* out, const F16& lanes) { ::xds::store(out, lanes); }
+  static float value(int8_t x) { return static_cast<float>(x); }
+};
+
 template <class E>
 inline F16 load_element_tail(const typename E::T* p, int64_t n) {
   typename E::T padded[16] = {};

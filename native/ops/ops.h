@@ -55,7 +55,8 @@ struct Batch {
 struct Cache {
   void* keys;    // [blocks, heads, dim, block_size]; MLA: [blocks, 1, block_size, dim]
   void* values;  // [blocks, heads, block_size, dim]; null for MLA
-  bool bf16;
+  float* scales;  // int8: [blocks, heads, 2, block_size], of keys and of values; else null
+  KvType type;
   int64_t blocks;
   int64_t heads;
   int64_t block_size;

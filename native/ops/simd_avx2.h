@@ -84,6 +84,13 @@ inline void store_bf16_lanes(float* p, F16 a) {
   _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 
+// 16 int8 as float.
+inline F16 load_s8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+}
+
 inline I16 int_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 // |a| * sign(w, a) = a * w; pairs stay below 2 * 127 * 127 < 2^15, so nothing saturates.
 inline __m256i dot4_8(__m256i acc, __m256i a, __m256i w) {

@@ -69,6 +69,12 @@ inline F16 load_bf16(const uint16_t* p) {
 }
 inline void store_bf16_lanes(float* p, F16 a) { store(p, a); }
 
+// 16 int8 as float.
+inline F16 load_s8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+
 inline I16 int_zero() { return {_mm512_setzero_si512()}; }
 // The activation bytes are unsigned (value + 128), the weights signed; wraps, never saturates.
 inline I16 dot4(I16 acc, const uint8_t* a, const uint8_t* b) {

@@ -123,6 +123,13 @@ inline F16 load_bf16(const uint16_t* p) {
 }
 inline void store_bf16_lanes(float* p, const F16& a) { store(p, a); }
 
+// 16 int8 as float.
+inline F16 load_s8(const int8_t* p) {
+  F16 r;
+  XDS_LANES r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
+
 inline I16 int_zero() { return I16{}; }
 // acc + the dot product of each lane's four bytes with the four activation bytes.
 inline I16 dot4(I16 acc, const uint8_t* a, const uint8_t* b) {

@@ -44,17 +44,28 @@ MAX_SPECULATIVE_TOKENS = 16
 
 DTYPES = ("auto", "float32", "bf16", "int8", "int4")
 
+KV_CACHE_DTYPES = ("auto", "float32", "bf16", "int8")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which weights, in which precision, on how many threads."""
 
     dtype: str = option("auto", "Weights: auto (bf16), float32, bf16, int8 (W8A8) or int4 (W4A8).")
+    kv_cache_dtype: str = option(
+        "auto",
+        "KV cache: auto (bf16; float32 with float32 weights), float32, bf16, or int8 (half of "
+        "bf16's memory; not for latent attention).",
+    )
     backend: str = option("cpu", "Operator backend: cpu (native) or reference (NumPy, slow).")
     num_threads: int = option(0, "Operator threads; 0 = one per available core.")
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+        _require(
+            self.kv_cache_dtype in KV_CACHE_DTYPES,
+            f"kv_cache_dtype={self.kv_cache_dtype!r} must be one of {', '.join(KV_CACHE_DTYPES)}",
+        )
         _require(
             self.backend in ("cpu", "reference"),
             f"backend={self.backend!r} must be cpu or reference",

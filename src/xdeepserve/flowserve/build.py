@@ -127,7 +127,7 @@ def engine_info(model: Model, model_name: str, config: EngineConfig) -> EngineIn
         ConfigError: as `build_engine`.
     """
     num_kv_layers = model.spec.num_layers + (config.speculation == "mtp")
-    kv_bytes_per_token = model.kv_bytes_per_token * num_kv_layers // model.spec.num_layers
+    kv_bytes_per_token = model.kv_format.bytes_per_token * num_kv_layers // model.spec.num_layers
     num_blocks = num_kv_blocks(config, kv_bytes_per_token)
     max_model_len = resolve_max_model_len(
         config,

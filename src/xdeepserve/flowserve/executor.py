@@ -103,7 +103,7 @@ class InProcExecutor:
             assert model.mtp is not None, "build_dp_group() refuses a model without MTP layer"
             self._drafter = MtpDrafter(
                 model.mtp,
-                kv=model.new_kv_layer(num_blocks, block_size),
+                kv=model.kv_format.new_layer(num_blocks, block_size),
                 sampler=self._sampler,
                 max_positions=model.spec.max_position_embeddings,
             )

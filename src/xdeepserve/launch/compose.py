@@ -81,7 +81,8 @@ def load_model_at(
     ops = get_ops(config.backend, num_threads=config.num_threads)
     dtype = WeightDtype(config.weight_dtype)
     logger.info("loading %s in %s", path, dtype)
-    return load_model(path, dtype=dtype, ops=ops, progress=progress, verify=verify)
+    model = load_model(path, dtype=dtype, ops=ops, progress=progress, verify=verify)
+    return model.with_kv_cache(config.kv_cache_dtype)
 
 
 def shape_of(loaded: LoadedModel) -> ModelShape:

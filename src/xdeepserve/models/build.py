@@ -11,6 +11,7 @@ from xdeepserve.models.build_attention import AttentionBuilder
 from xdeepserve.models.checkpoint_api import Checkpoint, WeightProvider
 from xdeepserve.models.decoder import Layer, Model
 from xdeepserve.models.families import family_of
+from xdeepserve.models.kv_cache import KVFormat
 from xdeepserve.models.mtp import MtpUnit
 from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.models.rope import rope_table
@@ -46,7 +47,8 @@ def build_model(
     builder = ModelBuilder(spec, weights, ops, max_positions=max_positions)
     layers = tuple(builder.layer(idx) for idx in range(spec.num_layers))
     embedding, head = builder.embedding(), builder.head()
-    return Model(spec, dtype, ops, embedding, layers, head, builder.mtp(embedding, head))
+    mtp, kv_format = builder.mtp(embedding, head), KVFormat.of(spec, dtype)
+    return Model(spec, dtype, ops, embedding, layers, head, mtp, kv_format)
 
 
 class ModelBuilder:

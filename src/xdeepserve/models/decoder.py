@@ -9,19 +9,16 @@ generators in flight as there are microbatches. A step that is not taken apart h
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, replace
 
 from xdeepserve.models.batch import ForwardBatch
-from xdeepserve.models.huge_pages import huge_zeros
+from xdeepserve.models.kv_cache import KVFormat
 from xdeepserve.models.moe import FfnCall
 from xdeepserve.models.mtp import MtpUnit
 from xdeepserve.models.spec import ModelSpec
 from xdeepserve.models.units import AttentionUnit, EmbeddingUnit, ExpertUnit, FfnUnit, HeadUnit
 from xdeepserve.ops import (
     F32,
-    Array,
     DecoderLayer,
     DecoderStack,
     KVLayer,
@@ -57,7 +54,7 @@ class AttentionSide:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """All units of a model, in one process; `mtp` only drafts."""
+    """All units of a model, in one process; `mtp` only drafts, `kv_format` is of its caches."""
 
     spec: ModelSpec
     dtype: WeightDtype
@@ -65,7 +62,8 @@ class Model:
     embedding: EmbeddingUnit
     layers: tuple[Layer, ...]
     head: HeadUnit
-    mtp: MtpUnit | None = None
+    mtp: MtpUnit | None
+    kv_format: KVFormat
 
     @property
     def attention_side(self) -> AttentionSide:
@@ -78,30 +76,17 @@ class Model:
         """All layers for `Ops.decoder_layers`; a new one, so keep it."""
         return DecoderStack(tuple(layer.weights for layer in self.layers))
 
-    @property
-    def kv_dtype(self) -> np.dtype[np.generic]:
-        """float32 for float32 models, else uint16 holding bfloat16 bits."""
-        return np.dtype(np.float32 if self.dtype is WeightDtype.FLOAT32 else np.uint16)
+    def with_kv_cache(self, dtype: str) -> Model:
+        """The same model with caches of `dtype`: auto, or a KVDtype.
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Cache bytes of one token over all layers."""
-        return self.spec.kv_values_per_token() * self.kv_dtype.itemsize
+        Raises:
+            ConfigError: the model has no such caches.
+        """
+        return replace(self, kv_format=KVFormat.of(self.spec, self.dtype, dtype))
 
     def new_kv(self, num_blocks: int, block_size: int) -> list[KVLayer]:
-        """Zeroed cache of every layer, see `huge_zeros`: committed when it is first written."""
-        return [self.new_kv_layer(num_blocks, block_size) for _ in self.layers]
-
-    def new_kv_layer(self, num_blocks: int, block_size: int) -> KVLayer:
-        """Zeroed cache of one layer."""
-        heads, dim = self.spec.attention.kv_heads_and_dim
-
-        def array(*shape: int) -> Array:
-            return huge_zeros((num_blocks, heads, *shape), self.kv_dtype)
-
-        if self.spec.attention.num_kv_arrays == 1:
-            return KVLayer(array(block_size, dim), None)
-        return KVLayer(array(dim, block_size), array(block_size, dim))
+        """Zeroed cache of every layer."""
+        return [self.kv_format.new_layer(num_blocks, block_size) for _ in self.layers]
 
 
 def _mlp(unit: FfnUnit | ExpertUnit | None) -> Mlp | None:

@@ -58,7 +58,7 @@ def weight_view(weight: PackedWeight) -> _native.Weight:
 def cache_view(kv: KVLayer) -> _native.Cache:
     """The cache's view."""
     if kv.native is None:
-        _keep(kv, _native.Cache(kv.k, kv.v))
+        _keep(kv, _native.Cache(kv.k, kv.v, kv.scales))
     view: _native.Cache = kv.native
     return view
 

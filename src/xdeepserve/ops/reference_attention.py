@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xdeepserve.ops.quant import from_bf16, to_bf16
+from xdeepserve.ops.quant import from_bf16, quantize_int8, to_bf16
 from xdeepserve.ops.types import F32, I32, Array, AttentionBatch, KVLayer, QKNorm
 
 
@@ -31,13 +31,19 @@ def rotate(x: F32, rope: F32, positions: I32) -> F32:
     return out
 
 
-def write_rows(cache: Array, slots: I32, rows: F32) -> None:
-    """Write rows [T, h, D] into cache [blocks, h, block_size, D] at `slots` [T]."""
+def write_rows(cache: Array, slots: I32, rows: F32, scales: F32 | None = None) -> None:
+    """Write rows [T, h, D] into cache [blocks, h, block_size, D] at `slots` [T].
+
+    scales: [blocks, h, block_size] of an int8 cache.
+    """
     num_blocks, _, block_size, _ = cache.shape
     if slots.size and not 0 <= slots.min() <= slots.max() < num_blocks * block_size:
         raise ValueError(f"slots must lie in [0, {num_blocks * block_size})")
-    stored = to_bf16(rows) if cache.dtype == np.uint16 else rows
-    cache[slots // block_size, :, slots % block_size, :] = stored
+    blocks, in_block = slots // block_size, slots % block_size
+    if scales is not None:
+        cache[blocks, :, in_block, :], scales[blocks, :, in_block] = quantize_int8(rows)
+        return
+    cache[blocks, :, in_block, :] = to_bf16(rows) if cache.dtype == np.uint16 else rows
 
 
 def rope_kv_write(
@@ -57,8 +63,10 @@ def rope_kv_write(
     q, k, v = np.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
     if norm is not None:
         q, k = rms_norm(q, norm.q_weight, norm.eps), rms_norm(k, norm.k_weight, norm.eps)
-    write_rows(kv.k.swapaxes(2, 3), batch.slot_mapping, rotate(k, rope, batch.positions))
-    write_rows(kv.v, batch.slot_mapping, v)
+    of_keys, of_values = _scales(kv)
+    keys = rotate(k, rope, batch.positions)
+    write_rows(kv.k.swapaxes(2, 3), batch.slot_mapping, keys, of_keys)
+    write_rows(kv.v, batch.slot_mapping, v, of_values)
     return rotate(q, rope, batch.positions)
 
 
@@ -68,8 +76,10 @@ def paged_attention(q: F32, batch: AttentionBatch, kv: KVLayer, *, scale: float)
         raise ValueError("paged_attention needs a value cache; use mla_attention")
     out = np.empty_like(q)
     group = q.shape[1] // kv.k.shape[1]
+    of_keys, of_values = _scales(kv)
     for b in range(batch.seq_lens.size):
-        keys, values = _context(kv.k.swapaxes(2, 3), batch, b), _context(kv.v, batch, b)
+        keys = _context(kv.k.swapaxes(2, 3), batch, b, of_keys)
+        values = _context(kv.v, batch, b, of_values)
         for t, length in _rows(batch, b):
             for h in range(q.shape[1]):
                 head = h // group
@@ -107,7 +117,14 @@ def _rows(batch: AttentionBatch, b: int) -> list[tuple[int, int]]:
     return [(t, first + t - start + 1) for t in range(start, stop)]
 
 
-def _context(cache: Array, batch: AttentionBatch, b: int) -> F32:
+def _scales(kv: KVLayer) -> tuple[F32 | None, F32 | None]:
+    """Of keys and of values, [blocks, h, block_size] each."""
+    if kv.scales is None:
+        return None, None
+    return kv.scales[:, :, 0], kv.scales[:, :, 1]
+
+
+def _context(cache: Array, batch: AttentionBatch, b: int, scales: F32 | None = None) -> F32:
     """[h, seq_len, D] float32 rows of sequence b in order of position."""
     num_blocks, _, block_size, _ = cache.shape
     length = int(batch.seq_lens[b])
@@ -119,4 +136,7 @@ def _context(cache: Array, batch: AttentionBatch, b: int) -> F32:
     positions = np.arange(length)
     rows = cache[blocks[positions // block_size], :, positions % block_size, :].swapaxes(0, 1)
     rows = np.ascontiguousarray(rows)
+    if scales is not None:
+        factors = scales[blocks[positions // block_size], :, positions % block_size]
+        return rows * factors.swapaxes(0, 1)[..., None]
     return from_bf16(rows) if cache.dtype == np.uint16 else rows

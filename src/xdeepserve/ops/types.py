@@ -77,17 +77,20 @@ class KVLayer:
     """Paged cache of one layer; slot s lives in block s // block_size at s % block_size.
 
     Attributes:
-        k: [num_blocks, num_kv_heads, D, block_size] float32, or uint16 holding bfloat16 bits: the
-            keys of a block lie transposed, so that scores are read as they are multiplied.
+        k: [num_blocks, num_kv_heads, D, block_size] float32, uint16 holding bfloat16 bits, or int8:
+            the keys of a block lie transposed, so that scores are read as they are multiplied.
             For MLA: [num_blocks, 1, block_size, D] rows, each the normed latent followed by the
             rotated rope key.
         v: [num_blocks, num_kv_heads, block_size, D], dtype of k; None for MLA, where values are
             read from the latent.
+        scales: [num_blocks, num_kv_heads, 2, block_size] float32 with int8 k and v: what the keys
+            (0) and the values (1) of each position are multiplied by; None otherwise. Not for MLA.
         native: the backend's own form of it, made at its first use.
     """
 
     k: Array
     v: Array | None
+    scales: F32 | None = None
     native: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property

@@ -51,7 +51,7 @@ def test_an_asked_context_is_kept_or_refused() -> None:
 
 async def test_a_built_engine_tells_its_limits_and_answers() -> None:
     model = toy_model("glm4_moe")
-    config = make_config(num_kv_blocks=0, kv_cache_bytes=40 * 4 * model.kv_bytes_per_token)
+    config = make_config(num_kv_blocks=0, kv_cache_bytes=40 * 4 * model.kv_format.bytes_per_token)
     client = build_engine(model=model, model_name="toy", config=config)
     client.start()
     info = client.info

@@ -169,7 +169,7 @@ class OnePass:
 
     def drafts(self, token_ids: list[int], count: int) -> list[int]:
         num_blocks = -(-(len(token_ids) + count) // BLOCK_SIZE)
-        kv = self._model.new_kv_layer(num_blocks, BLOCK_SIZE)
+        kv = self._model.kv_format.new_layer(num_blocks, BLOCK_SIZE)
         states = self._mtp.main_states(self._hidden_states(token_ids[:-1]))
         known, first, drafts = list(token_ids), 0, []
         for _ in range(count):

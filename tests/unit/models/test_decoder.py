@@ -127,6 +127,6 @@ def test_calls_name_their_layer_and_experts() -> None:
 )
 def test_kv_size(name: str, dtype: WeightDtype, num_bytes: int) -> None:
     model = toy(name, "reference", dtype)
-    assert model.kv_bytes_per_token == num_bytes
+    assert model.kv_format.bytes_per_token == num_bytes
     arrays = [a for layer in model.new_kv(3, 8) for a in (layer.k, layer.v) if a is not None]
     assert sum(array.nbytes for array in arrays) == 3 * 8 * num_bytes

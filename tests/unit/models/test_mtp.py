@@ -138,7 +138,7 @@ def batch_of(first: int, ids: list[int]) -> ForwardBatch:
 def unit_of(backend: str) -> tuple[MtpUnit, Any]:
     model = toy_model(TOY, "float32", backend)
     assert model.mtp is not None
-    return model.mtp, model.new_kv_layer(8, BLOCK_SIZE)
+    return model.mtp, model.kv_format.new_layer(8, BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -9,6 +9,7 @@ import numpy as np
 from xdeepserve import _native, envs
 from xdeepserve.ops import F32, I32, Array, AttentionBatch, KVLayer
 from xdeepserve.ops.cpu import CpuOps
+from xdeepserve.ops.quant import quantize_int8
 
 ISAS = _native.available_isas()
 
@@ -24,7 +25,7 @@ def normal(rng: np.random.Generator, *shape: int) -> F32:
 
 @dataclass(frozen=True)
 class Paged:
-    """A random batch over a paged cache whose unused rows hold NaN."""
+    """A random batch over a paged cache whose unused rows (int8: their scales) hold NaN."""
 
     batch: AttentionBatch
     kv: KVLayer
@@ -87,8 +88,23 @@ def make_paged(
     )
     if latent:
         return Paged(batch, KVLayer(_stored(keys, dtype), None))
-    transposed = np.ascontiguousarray(keys.swapaxes(2, 3))
-    return Paged(batch, KVLayer(_stored(transposed, dtype), _stored(values, dtype)))
+    return Paged(batch, stored_layer(keys, values, dtype))
+
+
+def stored_layer(keys: F32, values: F32, dtype: type) -> KVLayer:
+    """A cache layer of float32 rows [blocks, heads, block_size, D]."""
+    if dtype is not np.int8:
+        transposed = np.ascontiguousarray(keys.swapaxes(2, 3))
+        return KVLayer(_stored(transposed, dtype), _stored(values, dtype))
+    (k, key_scales), (v, value_scales) = _stored_int8(keys), _stored_int8(values)
+    scales = np.stack([key_scales, value_scales], axis=2)
+    return KVLayer(np.ascontiguousarray(k.swapaxes(2, 3)), v, scales)
+
+
+def _stored_int8(rows: F32) -> tuple[Array, F32]:
+    """Quantized rows; those of NaN keep a scale of NaN."""
+    quantized, scales = quantize_int8(np.nan_to_num(rows))
+    return quantized, np.where(np.isnan(rows).any(axis=-1), np.float32(np.nan), scales)
 
 
 def _stored(values: F32, dtype: type) -> Array:

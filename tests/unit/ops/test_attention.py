@@ -7,30 +7,39 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.unit.ops.cases import ISAS, Paged, make_cpu, make_paged, normal, rope_table
+from tests.unit.ops.cases import (
+    ISAS,
+    Paged,
+    make_cpu,
+    make_paged,
+    normal,
+    rope_table,
+    stored_layer,
+)
 from xdeepserve.ops import F32, AttentionBatch, KVLayer, QKNorm
 from xdeepserve.ops.cpu import CpuOps
 from xdeepserve.ops.quant import from_bf16, to_bf16
 from xdeepserve.ops.reference import ReferenceOps
 
 DTYPES = [np.float32, np.uint16]
+KV_DTYPES = [*DTYPES, np.int8]
 LENGTHS = [(1, 1), (3, 20), (1, 64), (1, 65), (40, 40), (0, 9), (17, 150), (1, 300), (5, 600)]
 
 
 def _as_read(cpu: CpuOps, q: F32, dtype: type) -> F32:
-    """Tile registers take queries in the precision of the cache."""
-    return from_bf16(to_bf16(q)) if cpu.isa == "amx" and dtype is np.uint16 else q
+    """Tile registers take queries as bf16."""
+    return from_bf16(to_bf16(q)) if cpu.isa == "amx" and dtype is not np.float32 else q
 
 
 def _assert_close(cpu: CpuOps, dtype: type, got: F32, want: F32) -> None:
     """To float32 rounding; on tile registers, of bf16 weights: 2^-8 of values below 4."""
-    is_rounded = cpu.isa == "amx" and dtype is np.uint16
+    is_rounded = cpu.isa == "amx" and dtype is not np.float32
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=4 / 256 if is_rounded else 2e-6)
     if is_rounded:  # errors of many weights cancel
         assert float(np.sqrt(np.mean((got - want) ** 2))) < 1.5e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("heads", [(1, 1, 8), (6, 2, 64), (9, 3, 21), (4, 1, 16)])
 def test_paged_attention_agrees_with_reference(
     cpu: CpuOps,
@@ -47,7 +56,7 @@ def test_paged_attention_agrees_with_reference(
     _assert_close(cpu, dtype, got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_attention_row_does_not_depend_on_its_batch(
     cpu: CpuOps, rng: np.random.Generator, dtype: type
 ) -> None:
@@ -60,7 +69,7 @@ def test_attention_row_does_not_depend_on_its_batch(
         np.testing.assert_array_equal(alone, together[rows])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 100])
 def test_attention_does_not_depend_on_chunking(
     cpu: CpuOps, rng: np.random.Generator, chunk: int, dtype: type
@@ -85,7 +94,7 @@ def _one_chunk(batch: AttentionBatch, rows: slice) -> AttentionBatch:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_future_positions_of_the_same_sequence_do_not_leak(
     cpu: CpuOps, rng: np.random.Generator, dtype: type
 ) -> None:
@@ -94,14 +103,17 @@ def test_future_positions_of_the_same_sequence_do_not_leak(
     before = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.25)
     assert paged.kv.v is not None
     block = paged.batch.block_tables[0, 5]
-    nan = np.nan if dtype is np.float32 else to_bf16(np.full((), np.nan, np.float32))
-    paged.kv.k[block, :, :, 9] = paged.kv.v[block, :, 9] = nan  # position 89
+    if paged.kv.scales is not None:
+        paged.kv.scales[block, :, :, 9] = np.nan  # position 89
+    else:
+        nan = np.nan if dtype is np.float32 else to_bf16(np.full((), np.nan, np.float32))
+        paged.kv.k[block, :, :, 9] = paged.kv.v[block, :, 9] = nan
     after = cpu.paged_attention(q, paged.batch, paged.kv, scale=0.25)
     np.testing.assert_array_equal(after[:29], before[:29])
     assert np.isnan(after[29]).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("block_size", [1, 5, 32])
 def test_attention_does_not_depend_on_block_size(
     cpu: CpuOps, rng: np.random.Generator, block_size: int, dtype: type
@@ -110,20 +122,24 @@ def test_attention_does_not_depend_on_block_size(
     q = normal(rng, 9, 4, 20)
     for size in (16, block_size):
         same = np.random.default_rng(5)
-        paged = make_paged(same, [(9, 77)], heads=2, dim=20, block_size=size, dtype=dtype)
-        _fill(paged, np.random.default_rng(6), block_size=size, length=77)
+        paged = make_paged(same, [(9, 77)], heads=2, dim=20, block_size=size)
+        paged = _filled(paged, np.random.default_rng(6), length=77, dtype=dtype)
         results.append(cpu.paged_attention(q, paged.batch, paged.kv, scale=0.2))
+        one_row = _one_chunk(paged.batch, slice(8, 9))
+        alone = cpu.paged_attention(q[8:], one_row, paged.kv, scale=0.2)
+        np.testing.assert_array_equal(alone, results[-1][8:])
     np.testing.assert_array_equal(results[0], results[1])
 
 
-def _fill(paged: Paged, rng: np.random.Generator, *, block_size: int, length: int) -> None:
+def _filled(paged: Paged, rng: np.random.Generator, *, length: int, dtype: type) -> Paged:
+    """The same batch over keys and values that do not depend on the block size."""
     assert paged.kv.v is not None
+    shape, block_size = paged.kv.v.shape, paged.kv.block_size
+    keys, values = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
     for position in range(length):
         block, row = paged.batch.block_tables[0, position // block_size], position % block_size
-        key, value = normal(rng, 2, 20), normal(rng, 2, 20)
-        is_bf16 = paged.kv.k.dtype == np.uint16
-        paged.kv.k[block, :, :, row] = to_bf16(key) if is_bf16 else key
-        paged.kv.v[block, :, row] = to_bf16(value) if is_bf16 else value
+        keys[block, :, row], values[block, :, row] = normal(rng, 2, 20), normal(rng, 2, 20)
+    return Paged(paged.batch, stored_layer(keys, values, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,7 +179,7 @@ def test_many_heads_over_one_latent(
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_thread_count_does_not_touch_bits(rng: np.random.Generator, isa: str, dtype: type) -> None:
     paged = make_paged(rng, LENGTHS, heads=2, dim=24, dtype=dtype)
@@ -176,7 +192,7 @@ def test_thread_count_does_not_touch_bits(rng: np.random.Generator, isa: str, dt
     np.testing.assert_array_equal(one, three)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 @pytest.mark.parametrize("rotary", [(16, 16), (16, 8), (21, 10), (10, 0)])
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_rope_kv_write_agrees_with_reference(
@@ -189,7 +205,12 @@ def test_rope_kv_write_agrees_with_reference(
 ) -> None:
     dim, rotary_dim = rotary
     paged = make_paged(rng, [(5, 20), (1, 33), (0, 3)], heads=2, dim=dim, dtype=dtype)
-    other = KVLayer(paged.kv.k.copy(), None if paged.kv.v is None else paged.kv.v.copy())
+    other = dataclasses.replace(
+        paged.kv,
+        k=paged.kv.k.copy(),
+        v=None if paged.kv.v is None else paged.kv.v.copy(),
+        scales=None if paged.kv.scales is None else paged.kv.scales.copy(),
+    )
     qkv = normal(rng, 6, (4 + 4) * dim)
     table = rope_table(rng, 40, rotary_dim)
     norm = QKNorm(normal(rng, dim), normal(rng, dim), 1e-6) if with_norm else None
@@ -198,6 +219,8 @@ def test_rope_kv_write_agrees_with_reference(
     assert paged.kv.v is not None
     assert other.v is not None
     np.testing.assert_array_equal(paged.kv.v, other.v)
+    if paged.kv.scales is not None:
+        np.testing.assert_allclose(paged.kv.scales, other.scales, rtol=1e-5)
     if with_norm:  # the sum of squares is taken in another order
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
         if dtype is np.float32:
