@@ -67,8 +67,8 @@ def sources() -> Path:
     if tree.is_dir():
         return tree
     folder.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    build([*pip, "--no-build-isolation", "-d", str(folder), REQUIREMENT])
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    build([*pip, "--no-binary", "llama-cpp-python", "-d", str(folder), REQUIREMENT])
     archive = folder / f"llama_cpp_python-{VERSION}.tar.gz"
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")

@@ -29,10 +29,22 @@ struct Product {
   int64_t c_stride;
 };
 
+// Bytes of a row of n int8 activations, and from the coarse to the fine ones of w8a16.
+int64_t int8_row_bytes(int64_t n) { return round_up(n, 64); }
+
 // Bytes of a prepared row of n activations.
 int64_t row_bytes(const Kernels& kernels, DType dtype, int64_t n) {
   if (dtype == DType::kInt4) return round_up(n, kInt4Group) / kInt4Group * sizeof(Int4Activations);
-  return round_up(n, step_width(dtype)) * (dtype == DType::kBf16 ? kernels.bf16_item : 1);
+  if (is_int8(dtype)) return int8_row_bytes(n) * (dtype == DType::kW8A16 ? 2 : 1);
+  return round_up(n, step_width(dtype)) * kernels.bf16_item;
+}
+
+// Zeros up to the end of a k-step, and the offset that some instructions want.
+void finish_int8_row(const Kernels& kernels, int64_t n, uint8_t* row) {
+  const int64_t stop = round_up(n, 4);
+  std::fill(row + n, row + stop, uint8_t{0});
+  if (!kernels.s8_offset) return;
+  for (int64_t i = 0; i < stop; ++i) row[i] ^= 0x80;  // + 128
 }
 
 void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n, uint8_t* out,
@@ -41,11 +53,12 @@ void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n,
   if (dtype == DType::kInt4) {
     return kernels.prepare_int4(x, n, reinterpret_cast<Int4Activations*>(out));
   }
+  const int64_t length = int8_row_bytes(n);
   auto* bytes = reinterpret_cast<int8_t*>(out);
-  *scale = kernels.quantize_row(x, n, bytes);
-  std::fill(bytes + n, bytes + round_up(n, 4), int8_t{0});
-  if (!kernels.s8_offset) return;
-  for (int64_t i = 0; i < round_up(n, 4); ++i) out[i] ^= 0x80;  // + 128
+  *scale = dtype == DType::kInt8 ? kernels.quantize_row(x, n, bytes)
+                                 : kernels.split_row(x, n, bytes, bytes + length);
+  finish_int8_row(kernels, n, out);
+  if (dtype == DType::kW8A16) finish_int8_row(kernels, n, out + length);
 }
 
 // The rows of x [rows, n] (row stride `stride`) in the form the GEMM of `dtype` reads. With
@@ -89,7 +102,8 @@ PanelTask panel_task(const Product& p, const Weight& w, int64_t panel, int64_t f
   task.c_stride = p.c_stride;
   task.cols = std::min(kPanel, w.n - panel * kPanel);
   task.bias = bias == nullptr ? nullptr : bias + panel * kPanel;
-  if (w.dtype == DType::kInt8) {
+  if (is_int8(w.dtype)) {
+    task.a_fine = int8_row_bytes(w.k);
     task.row_scale = p.row_scale + first_row * p.row_scale_stride;
     task.row_scale_stride = p.row_scale_stride;
     task.col_scale = w.scales(p.group) + panel * kPanel;

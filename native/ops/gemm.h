@@ -9,8 +9,6 @@
 
 namespace xds {
 
-inline constexpr int64_t kRowChunk = 192;  // rows of one panel product; the panel stays in cache
-
 // Takes one panel product: `task` but for where its results go, of rows from first_row on. Called
 // by several threads at once, each panel and row once.
 using PanelSink =

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "layout.h"
+
 namespace xds {
 
 // Activations of one group of 32 k, as the 4-bit GEMM reads them; a row is one per group.
@@ -22,7 +24,7 @@ struct PanelTask {
                          // prepare_int4 rows; those of bf16 and int8 are followed by kRowSlack
                          // more that may be read, whatever they hold
   ptrdiff_t a_stride;    // bytes between rows
-  int64_t rows;
+  int64_t rows;          // at most kRowChunk
   const uint8_t* b;      // panel, see layout.h
   int64_t steps;         // k-steps of the panel
   const uint8_t* next;   // a panel that will be read soon after, or null
@@ -30,11 +32,12 @@ struct PanelTask {
   ptrdiff_t c_stride;    // floats between rows
   int64_t cols;          // 1 to 32
   const float* bias;     // [cols] or null
-  // int8 only:
+  // int8 and w8a16:
   const float* row_scale;
   ptrdiff_t row_scale_stride;
   const float* col_scale;
   const int32_t* col_sum;
+  ptrdiff_t a_fine;      // w8a16: bytes from the coarse values of a row to its fine ones
 };
 
 // What a KV cache holds: float32, bfloat16 bits, or int8 that is multiplied by a scale per row.
@@ -68,7 +71,8 @@ struct AttendTask {
   float* scratch;          // attend_scratch() floats
 };
 
-inline constexpr int64_t kRowSlack = 31;
+inline constexpr int64_t kRowSlack = 31;    // rows of activations that a GEMM may read past its own
+inline constexpr int64_t kRowChunk = 192;   // most rows of a PanelTask; the panel stays in cache
 inline constexpr int64_t kPartition = 256;      // positions of one attention partition
 inline constexpr int64_t kKeyTile = 64;         // positions whose scores are computed together
 inline constexpr int64_t kMaxAttendRows = 256;  // query rows of one task
@@ -98,11 +102,13 @@ struct Kernels {
 
   void (*begin_operator)();  // on the calling thread: foreign code may have run on it before
 
-  void (*panel_gemm[4])(const PanelTask& task);  // by DType
+  void (*panel_gemm[kDTypes])(const PanelTask& task);  // by DType
   // Round a row to bf16 in the form panel_gemm reads, padded with zero to an even length.
   void (*prepare_bf16)(const float* x, int64_t n, void* out);
   // Quantize a row to [-127, 127]; returns the scale.
   float (*quantize_row)(const float* x, int64_t n, int8_t* out);
+  // Quantize a row to 15 bits, 128 * coarse + fine; returns the scale of the coarse values.
+  float (*split_row)(const float* x, int64_t n, int8_t* coarse, int8_t* fine);
   // Quantize each group of 32 of a row on its own.
   void (*prepare_int4)(const float* x, int64_t n, Int4Activations* out);
 

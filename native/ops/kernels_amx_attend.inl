@@ -98,11 +98,7 @@ inline __m512i load_row(const uint16_t* p, __mmask32 mask) {
   return _mm512_maskz_loadu_epi16(mask, p);
 }
 inline __m512i load_row(const int8_t* p, __mmask32 mask) {
-  const __m512i shorts = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(mask, p));
-  const __m512i low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(shorts));
-  const __m512i high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(shorts, 1));
-  return reinterpret_cast<__m512i>(
-      _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low)));
+  return bf16_of_bytes(_mm256_maskz_loadu_epi8(mask, p));
 }
 
 // The keys of 32 positions: two pieces of 16, lines of which are `stride` elements apart.

@@ -121,10 +121,9 @@ inline F16 finish(const PanelTask& t, const I16& acc, int64_t row, int64_t col) 
   return mul(dot_result(acc, t.col_sum + col), scale);
 }
 
-template <class Acc>
-inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t col) {
+// Results of 16 columns from `col`, to which the bias is added.
+inline void write_value(const PanelTask& t, F16 value, int64_t row, int64_t col) {
   const int64_t lanes = t.cols - col;
-  F16 value = finish(t, acc, row, col);
   float* out = t.c + row * t.c_stride + col;
   if (lanes >= 16) {
     if (t.bias != nullptr) value = add(value, load(t.bias + col));
@@ -132,6 +131,11 @@ inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t c
   }
   if (t.bias != nullptr) value = add(value, load_n(t.bias + col, lanes));
   store_n(out, value, lanes);
+}
+
+template <class Acc>
+inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t col) {
+  write_value(t, finish(t, acc, row, col), row, col);
 }
 
 // The scales and sums of an int8 panel lie apart from it and are needed last.
@@ -172,4 +176,26 @@ template <class Product, int Rows>
 void panel_gemm(const PanelTask& t) {
   if (t.rows <= kFewRows) return panel_tiles<Product, kWideRows>(t);
   panel_tiles<Product, Rows>(t);
+}
+
+// Activations of 15 bits are 128 * coarse + fine, so they are two int8 products with one weight.
+template <void (*gemm)(const PanelTask&)>
+void paired_gemm(const PanelTask& t) {
+  alignas(64) float coarse[kRowChunk * kPanel];
+  alignas(64) float fine[kRowChunk * kPanel];
+  PanelTask part = t;
+  part.bias = nullptr;
+  part.c_stride = kPanel;
+  part.c = coarse;
+  gemm(part);
+  part.a += t.a_fine;
+  part.next = nullptr;
+  part.c = fine;
+  gemm(part);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    for (int64_t col = 0; col < t.cols; col += 16) {
+      const int64_t at = r * kPanel + col;
+      write_value(t, add(load(coarse + at), mul(load(fine + at), set1(1.0f / 128))), r, col);
+    }
+  }
 }

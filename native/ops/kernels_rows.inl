@@ -55,6 +55,20 @@ float quantize_row(const float* x, int64_t n, int8_t* out) {
   return scale.scale;
 }
 
+float split_row(const float* x, int64_t n, int8_t* coarse, int8_t* fine) {
+  F16 largest = set1(0.0f);
+  for (int64_t i = 0; i < n; i += 16) largest = max(largest, absolute(load_up_to(x + i, n - i)));
+  const float top = reduce_max(largest);
+  const float inverse = top < kTinyRow ? 0.0f : kSplitMax / top;
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = round_between(x[i] * inverse, -kSplitMax, kSplitMax);
+    const float high = round_between(value / 128.0f, -127.0f, 127.0f);
+    coarse[i] = static_cast<int8_t>(static_cast<int32_t>(high));
+    fine[i] = static_cast<int8_t>(static_cast<int32_t>(value - 128.0f * high));
+  }
+  return top < kTinyRow ? 0.0f : top / kSplitMax * 128.0f;
+}
+
 void rms_norm_row(const float* x, const float* weight, int64_t n, float eps, float* out) {
   F16 sum = set1(0.0f);
   for (int64_t i = 0; i < n; i += 16) {

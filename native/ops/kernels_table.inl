@@ -20,8 +20,10 @@ constexpr Kernels make_table(const char* name) {
   table.panel_gemm[1] = panel_gemm<Bf16Product, kBf16Rows>;
   table.panel_gemm[2] = panel_gemm<Int8Product, kInt8Rows>;
   table.panel_gemm[3] = int4_gemm;
+  table.panel_gemm[4] = paired_gemm<panel_gemm<Int8Product, kInt8Rows>>;
   table.prepare_bf16 = prepare_bf16;
   table.quantize_row = quantize_row;
+  table.split_row = split_row;
   table.prepare_int4 = prepare_int4;
   table.rms_norm_row = rms_norm_row;
   table.add_row = add_row;

@@ -7,7 +7,8 @@
 //
 //   float32   [Np/32][Kp]  [32]        one k-step  = 128 bytes: n0 n1 ... n31
 //   bf16      [Np/32][Kp/2][32][2]     one k-pair  = 128 bytes: n0k0 n0k1 n1k0 n1k1 ... n31k1
-//   int8      [Np/32][Kp/4][32][4]     one k-quad  = 128 bytes: n0k0 n0k1 n0k2 n0k3 n1k0 ... n31k3
+//   int8,     [Np/32][Kp/4][32][4]     one k-quad  = 128 bytes: n0k0 n0k1 n0k2 n0k3 n1k0 ... n31k3
+//   w8a16
 //   int4      [Np/32][Kp/32][640]      one step of 32 k: 4 k-octets of 128 bytes, then 64 bf16 pairs
 //     octet   [32][4]                  byte j of output n: k = j in the low nibble, 4 + j in the high
 //     scales  [16][2]                  n0 n16 n1 n17 ... n15 n31, bf16
@@ -29,9 +30,9 @@
 
 namespace xds {
 
-enum class DType { kFloat32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3 };
+enum class DType { kFloat32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kW8A16 = 4 };
 
-inline constexpr int kDTypes = 4;
+inline constexpr int kDTypes = 5;
 
 inline constexpr int64_t kPanel = 32;       // output features of one panel
 inline constexpr int64_t kStepBytes = 128;  // bytes of one k-step of a panel; int4: of an octet
@@ -45,13 +46,16 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 
 // Inner features in one k-step.
 inline int64_t step_width(DType dtype) {
-  constexpr int64_t kWidths[kDTypes] = {1, 2, 4, kInt4Group};
+  constexpr int64_t kWidths[kDTypes] = {1, 2, 4, kInt4Group, 4};
   return kWidths[static_cast<int>(dtype)];
 }
 
 inline int64_t step_bytes(DType dtype) {
   return dtype == DType::kInt4 ? kInt4StepBytes : kStepBytes;
 }
+
+// The weights themselves are the same bytes.
+inline bool is_int8(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kW8A16; }
 
 // One packed weight: where its parts lie.
 struct Weight {
@@ -65,7 +69,7 @@ struct Weight {
   int64_t steps() const { return round_up(k, step_width(dtype)) / step_width(dtype); }
   int64_t panel_bytes() const { return steps() * step_bytes(dtype); }
   int64_t group_bytes() const {
-    const int64_t tail = dtype == DType::kInt8 ? panels() * kPanel * 8 : 0;
+    const int64_t tail = is_int8(dtype) ? panels() * kPanel * 8 : 0;
     return panels() * panel_bytes() + tail;
   }
   const uint8_t* panel(int64_t group, int64_t index) const {

@@ -37,18 +37,24 @@ inline constexpr float kTinyRow = 0x1p-100f;  // rows below this count as zero
 // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
 inline constexpr float kRoundMagic = 12582912.0f;
 
+// The nearest integer within [low, high]; NaN becomes low.
+[[maybe_unused]] inline float round_between(float value, float low, float high) {
+  const float above = value > low ? value : low;
+  const float clamped = above < high ? above : high;
+  return (clamped + kRoundMagic) - kRoundMagic;
+}
+
 // Round value to [-127, 127]; NaN becomes -127 (the row's scale keeps the trouble visible).
 [[maybe_unused]] inline int8_t to_int8(float value) {
-  const float low = value > -127.0f ? value : -127.0f;
-  const float clamped = low < 127.0f ? low : 127.0f;
-  return static_cast<int8_t>(static_cast<int32_t>((clamped + kRoundMagic) - kRoundMagic));
+  return static_cast<int8_t>(static_cast<int32_t>(round_between(value, -127.0f, 127.0f)));
 }
+
+// Largest magnitude of 15 bits that is 128 * coarse + fine with both in [-127, 127].
+inline constexpr float kSplitMax = 128.0f * 127.0f + 63.0f;
 
 // Round value to [0, 15]; NaN becomes 0.
 [[maybe_unused]] inline int to_int4(float value) {
-  const float low = value > 0.0f ? value : 0.0f;
-  const float clamped = low < 15.0f ? low : 15.0f;
-  return static_cast<int>((clamped + kRoundMagic) - kRoundMagic);
+  return static_cast<int>(round_between(value, 0.0f, 15.0f));
 }
 
 struct Int8Scale {

@@ -78,7 +78,7 @@ float int4_element(const uint8_t* panel, int64_t n, int64_t k) {
 
 float element(DType dtype, const uint8_t* row, int64_t k, float scale) {
   const uint8_t* at = row + step_offset(k, step_width(dtype));
-  if (dtype == DType::kInt8) return static_cast<float>(static_cast<int8_t>(*at)) * scale;
+  if (is_int8(dtype)) return static_cast<float>(static_cast<int8_t>(*at)) * scale;
   if (dtype == DType::kFloat32) {
     float value;
     std::memcpy(&value, at, 4);
@@ -104,7 +104,7 @@ void pack_panel(const float* values, const Weight& shape, int64_t group, int64_t
     const float* row = values + (group * shape.n + n) * shape.k;
     const int64_t k = is_padding ? 0 : shape.k;
     if (shape.dtype == DType::kInt4) pack_int4_row(row, k, n % kPanel, panel_start);
-    if (shape.dtype == DType::kInt8) pack_int8_row(row, k, at, scales + n, sums + n);
+    if (is_int8(shape.dtype)) pack_int8_row(row, k, at, scales + n, sums + n);
     if (shape.dtype == DType::kBf16) pack_bf16_row(row, k, at);
     if (shape.dtype == DType::kFloat32) pack_float_row(row, k, at);
   }
@@ -112,7 +112,7 @@ void pack_panel(const float* values, const Weight& shape, int64_t group, int64_t
 
 void unpack(const Weight& weight, float* out) {
   const bool is_int4 = weight.dtype == DType::kInt4;
-  const bool scaled = weight.dtype == DType::kInt8;
+  const bool scaled = is_int8(weight.dtype);
   for (int64_t g = 0; g < weight.groups; ++g) {
     for (int64_t n = 0; n < weight.n; ++n) {
       const uint8_t* panel = weight.panel(g, n / kPanel);

@@ -69,6 +69,13 @@ inline F16 load_bf16(const uint16_t* p) {
 }
 inline void store_bf16_lanes(float* p, F16 a) { store(p, a); }
 
+// 32 int8 as bf16; exact.
+inline __m512i bf16_of_bytes(__m256i bytes) {
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+  const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
 // 16 int8 as float.
 inline F16 load_s8(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

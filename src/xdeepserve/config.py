@@ -42,7 +42,7 @@ SPECULATIONS = ("off", "ngram", "mtp")
 MAX_SPECULATIVE_TOKENS = 16
 """More than that in a row are hardly ever accepted."""
 
-DTYPES = ("auto", "float32", "bf16", "int8", "int4")
+DTYPES = ("auto", "float32", "bf16", "w8a16", "int8", "int4")
 
 KV_CACHE_DTYPES = ("auto", "float32", "bf16", "int8")
 
@@ -51,7 +51,10 @@ KV_CACHE_DTYPES = ("auto", "float32", "bf16", "int8")
 class ModelConfig:
     """Which weights, in which precision, on how many threads."""
 
-    dtype: str = option("auto", "Weights: auto (bf16), float32, bf16, int8 (W8A8) or int4 (W4A8).")
+    dtype: str = option(
+        "auto",
+        "Weights: auto (bf16), float32, bf16, w8a16 (int8 weights), int8 (W8A8) or int4 (W4A8).",
+    )
     kv_cache_dtype: str = option(
         "auto",
         "KV cache: auto (bf16; float32 with float32 weights), float32, bf16, or int8 (half of "

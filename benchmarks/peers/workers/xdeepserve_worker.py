@@ -17,7 +17,11 @@ from xdeepserve.messages import FinishReason, GenerateRequest, SamplingParams
 
 def start(settings: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, float]]:
     """Load the model; returns what runs an order."""
-    config = ModelConfig(dtype=settings["variant"], num_threads=settings["threads"])
+    config = ModelConfig(
+        dtype=settings["variant"],
+        kv_cache_dtype=settings["kv_cache_dtype"],
+        num_threads=settings["threads"],
+    )
     group = build_dp_group(
         model=load_model_at(Path(settings["model"]), config),
         model_name="model",

@@ -27,6 +27,7 @@ DTYPE_CODES = {
     WeightDtype.BF16: 1,
     WeightDtype.INT8: 2,
     WeightDtype.INT4: 3,
+    WeightDtype.W8A16: 4,
 }
 SCORINGS = ("softmax", "sigmoid")
 

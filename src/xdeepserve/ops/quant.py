@@ -16,6 +16,7 @@ U16 = npt.NDArray[np.uint16]
 TINY_ROW = np.float32(2.0**-100)
 INT8_MAX = np.float32(127.0)
 INT4_MAX = np.float32(15.0)
+SPLIT_MAX = np.float32(128 * 127 + 63)
 
 INT4_GROUP = 32
 """Neighbours in k that share a scale and a low."""
@@ -53,6 +54,23 @@ def quantize_int8(rows: F32) -> tuple[I8, F32]:
     scales = np.where(is_zero, np.float32(0), largest / INT8_MAX)
     scaled = np.rint(rows * inverse[..., None])
     return np.clip(scaled, -INT8_MAX, INT8_MAX).astype(np.int8), scales.astype(np.float32)
+
+
+def split_int15(rows: F32) -> tuple[I8, I8, F32]:
+    """15 bits of each row [..., K] as 128 * coarse + fine, both in [-127, 127].
+
+    Returns:
+        coarse, fine [..., K], and the scales [...] of the coarse values, 128 * max / 16319; of rows
+        whose largest magnitude is below 2**-100 all are zero.
+    """
+    largest = np.abs(rows).max(axis=-1, initial=0)
+    is_zero = largest < TINY_ROW
+    inverse = np.where(is_zero, np.float32(0), SPLIT_MAX / np.where(is_zero, SPLIT_MAX, largest))
+    values = np.clip(np.rint(rows * inverse[..., None]), -SPLIT_MAX, SPLIT_MAX)
+    coarse = np.rint(values / np.float32(128))
+    fine = values - np.float32(128) * coarse
+    scales = np.where(is_zero, np.float32(0), largest / SPLIT_MAX * np.float32(128))
+    return coarse.astype(np.int8), fine.astype(np.int8), scales.astype(np.float32)
 
 
 def split_groups(rows: F32) -> F32:

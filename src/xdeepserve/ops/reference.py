@@ -12,7 +12,7 @@ import numpy as np
 from xdeepserve.ops import composed
 from xdeepserve.ops import reference_attention as attention
 from xdeepserve.ops import reference_sampling as sampling
-from xdeepserve.ops.quant import from_bf16, quantize_int8, round_bf16, split_groups
+from xdeepserve.ops.quant import from_bf16, quantize_int8, round_bf16, split_groups, split_int15
 from xdeepserve.ops.reference_weights import LAYOUT, Weight, pack_rows, unpack_rows
 from xdeepserve.ops.types import (
     F32,
@@ -204,17 +204,27 @@ def _matmul(x: F32, weight: Weight) -> F32:
     out = np.empty((x.shape[0], weight.num_out), np.float32)
     if weight.dtype is WeightDtype.INT8:
         quantized, row_scales = quantize_int8(x)
-        wide = weight.values.astype(np.int32)
-        for t, row in enumerate(quantized.astype(np.int32)):
-            out[t] = (wide @ row).astype(np.float32) * (row_scales[t] * weight.scales)
-        return out
+        return _int8_product(quantized, weight, row_scales)
     if weight.dtype is WeightDtype.INT4:
         for t, row in enumerate(x):
             out[t] = _int4_row(row, weight)
         return out
+    if weight.dtype is WeightDtype.W8A16:
+        coarse, fine, row_scales = split_int15(x)
+        part = _int8_product(fine, weight, row_scales) * np.float32(1 / 128)
+        return _int8_product(coarse, weight, row_scales) + part
     values = weight.dequantized()
     for t, row in enumerate(round_bf16(x) if weight.dtype is WeightDtype.BF16 else x):
         out[t] = values @ np.ascontiguousarray(row)
+    return out
+
+
+def _int8_product(rows: I8, weight: Weight, row_scales: F32) -> F32:
+    """[T, N] of int8 rows [T, K] with scales [T]: exact sums, then one rounding."""
+    out = np.empty((rows.shape[0], weight.num_out), np.float32)
+    wide = weight.values.astype(np.int32)
+    for t, row in enumerate(rows.astype(np.int32)):
+        out[t] = (wide @ row).astype(np.float32) * (row_scales[t] * weight.scales)
     return out
 
 

@@ -1,8 +1,8 @@
 """Packed weights of the reference backend: row-major values, no padding between rows.
 
 Bytes of a group: values [N, K] (float32, uint16 bfloat16 bits, int8, or for int4 a byte per
-nibble). For int8 the float32 scales [N] come first; for int4 bfloat16 scales and then lows, both
-[N, ceil(K / 32)]. Each group is padded to a multiple of 64 bytes.
+nibble). For int8 and w8a16 the float32 scales [N] come first; for int4 bfloat16 scales and then
+lows, both [N, ceil(K / 32)]. Each group is padded to a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _ITEM = {
     WeightDtype.BF16: np.uint16,
     WeightDtype.INT8: np.int8,
     WeightDtype.INT4: np.uint8,
+    WeightDtype.W8A16: np.int8,
 }
 
 
@@ -31,7 +32,7 @@ class Weight:
 
     Attributes:
         values: [N, K] as stored.
-        scales: int8: [N]; int4: [N, ceil(K / 32)]; else empty.
+        scales: int8, w8a16: [N]; int4: [N, ceil(K / 32)]; else empty.
         lows: int4: like scales; else empty.
     """
 
@@ -83,7 +84,7 @@ def _pack_group(group: F32, dtype: WeightDtype) -> U8:
     head = b""
     if dtype is WeightDtype.BF16:
         values = to_bf16(values)
-    elif dtype is WeightDtype.INT8:
+    elif dtype in (WeightDtype.INT8, WeightDtype.W8A16):
         values, scales = quantize_int8(values)
         head = scales.tobytes()
     elif dtype is WeightDtype.INT4:
@@ -96,7 +97,12 @@ def _pack_group(group: F32, dtype: WeightDtype) -> U8:
 def _view_group(weight: PackedWeight) -> Weight:
     _, n, k = weight.shape
     num_groups = -(-k // INT4_GROUP)
-    head = {WeightDtype.INT8: 4 * n, WeightDtype.INT4: 4 * n * num_groups}.get(weight.dtype, 0)
+    heads = {
+        WeightDtype.INT8: 4 * n,
+        WeightDtype.W8A16: 4 * n,
+        WeightDtype.INT4: 4 * n * num_groups,
+    }
+    head = heads.get(weight.dtype, 0)
     item = _ITEM[weight.dtype]
     size = n * k * np.dtype(item).itemsize
     values = weight.data[head : head + size].view(item).reshape(n, k)

@@ -22,9 +22,13 @@ from xdeepserve.ops import F32, PackedWeight
 from xdeepserve.ops.reference import ReferenceOps
 from xdeepserve.testing.fake_clock import FakeClock
 
-DTYPES = ("float32", "bf16", "int8", "int4")
+DTYPES = ("float32", "bf16", "int8", "int4", "w8a16")
+INT8_CACHE = " and its cache"
+"""After a dtype: the KV cache is int8 too."""
+
 CASES = (
     *((toy, dtype, "cpu") for toy in ("glm4_moe", "deepseek_v3") for dtype in DTYPES),
+    *(("glm4_moe", f"{dtype}{INT8_CACHE}", "cpu") for dtype in ("float32", "int8")),
     ("glm4_moe", "float32", "reference"),
     ("deepseek_v3", "int8", "reference"),
     ("glm4_moe", "int4", "reference"),
@@ -52,7 +56,10 @@ class Case:
 
 @cache
 def make_case(toy: str, dtype: str, backend: str) -> Case:
-    return Case(toy_model(toy, dtype, backend), NUM_REQUESTS[backend])
+    model = toy_model(toy, dtype.removesuffix(INT8_CACHE), backend)
+    if dtype.endswith(INT8_CACHE):
+        model = model.with_kv_cache("int8")
+    return Case(model, NUM_REQUESTS[backend])
 
 
 @pytest.fixture(params=CASES, ids="-".join)

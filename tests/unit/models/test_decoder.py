@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.toys import toy_model
+from xdeepserve.errors import ConfigError
 from xdeepserve.models.build import build_model
 from xdeepserve.models.decoder import Model, forward, layer_steps, local_ffn
 from xdeepserve.models.families import parse_spec
@@ -126,7 +127,33 @@ def test_calls_name_their_layer_and_experts() -> None:
     ],
 )
 def test_kv_size(name: str, dtype: WeightDtype, num_bytes: int) -> None:
-    model = toy(name, "reference", dtype)
+    _check_kv_size(toy(name, "reference", dtype), num_bytes)
+
+
+def test_size_of_an_int8_cache() -> None:
+    model = toy("llama", "reference", WeightDtype.BF16).with_kv_cache("int8")
+    _check_kv_size(model, 2 * 2 * 2 * (16 + 4))
+
+
+def _check_kv_size(model: Model, num_bytes: int) -> None:
     assert model.kv_format.bytes_per_token == num_bytes
-    arrays = [a for layer in model.new_kv(3, 8) for a in (layer.k, layer.v) if a is not None]
+    layers = model.new_kv(3, 8)
+    arrays = [a for layer in layers for a in (layer.k, layer.v, layer.scales) if a is not None]
     assert sum(array.nbytes for array in arrays) == 3 * 8 * num_bytes
+
+
+def test_caches_in_another_precision_than_the_weights() -> None:
+    model = toy("llama", "reference", WeightDtype.BF16)
+    exact = SoloRunner(model.with_kv_cache("float32")).append(PROMPT)
+    rounded = {dtype: SoloRunner(model.with_kv_cache(dtype)) for dtype in ("auto", "bf16", "int8")}
+    logits = {dtype: runner.append(PROMPT) for dtype, runner in rounded.items()}
+    np.testing.assert_array_equal(logits["auto"], logits["bf16"])
+    for dtype in ("bf16", "int8"):
+        error = np.abs(logits[dtype] - exact).max()
+        assert 0 < error < 0.05 * np.abs(exact).max()
+
+
+def test_latents_are_not_rounded_to_int8() -> None:
+    model = toy("deepseek_v3", "reference", WeightDtype.BF16)
+    with pytest.raises(ConfigError, match="kv_cache_dtype='int8' is not for deepseek_v3"):
+        model.with_kv_cache("int8")

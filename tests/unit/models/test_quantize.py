@@ -8,7 +8,7 @@ from xdeepserve.models.quantize import DtypePolicy
 from xdeepserve.ops import WeightDtype
 
 F32, BF16, INT8 = WeightDtype.FLOAT32, WeightDtype.BF16, WeightDtype.INT8
-INT4 = WeightDtype.INT4
+INT4, W8 = WeightDtype.INT4, WeightDtype.W8A16
 
 
 @pytest.mark.parametrize(
@@ -16,14 +16,14 @@ INT4 = WeightDtype.INT4
     [
         ("layers.0.router.weight", (F32, F32, F32)),
         ("layers.3.router.weight", (F32, F32, F32)),
-        ("layers.0.attention.qkv", (F32, BF16, BF16)),
-        ("layers.1.attention.key_absorb", (F32, BF16, BF16)),
-        ("layers.0.attention.output", (F32, BF16, BF16)),
+        ("layers.0.attention.qkv", (F32, BF16, W8)),
+        ("layers.1.attention.key_absorb", (F32, BF16, W8)),
+        ("layers.0.attention.output", (F32, BF16, W8)),
         ("layers.1.experts.gate_up", (F32, BF16, INT8)),
         ("layers.1.ffn.down", (F32, BF16, INT8)),
-        ("layers.3.ffn.down", (F32, BF16, BF16)),
-        ("layers.3.experts.gate_up", (F32, BF16, BF16)),
-        ("head.lm_head", (F32, BF16, BF16)),
+        ("layers.3.ffn.down", (F32, BF16, W8)),
+        ("layers.3.experts.gate_up", (F32, BF16, W8)),
+        ("head.lm_head", (F32, BF16, W8)),
     ],
 )
 def test_linear(name: str, expected: tuple[WeightDtype, WeightDtype, WeightDtype]) -> None:
@@ -31,9 +31,9 @@ def test_linear(name: str, expected: tuple[WeightDtype, WeightDtype, WeightDtype
     assert found == expected
 
 
-def test_first_tenth_and_last_layer_stay_bf16() -> None:
+def test_first_tenth_and_last_layer_keep_bf16_activations() -> None:
     policy = DtypePolicy(INT8, num_layers=30)
-    kept = [idx for idx in range(30) if policy.linear(f"layers.{idx}.ffn.down") is BF16]
+    kept = [idx for idx in range(30) if policy.linear(f"layers.{idx}.ffn.down") is W8]
     assert kept == [0, 1, 2, 29]
 
 
@@ -50,4 +50,5 @@ def test_layer_13_is_not_layer_1() -> None:
 
 
 def test_embedding() -> None:
-    assert [DtypePolicy(dtype, 4).embedding for dtype in WeightDtype] == [F32, BF16, BF16, BF16]
+    found = [DtypePolicy(dtype, 4).embedding for dtype in WeightDtype]
+    assert found == [F32, BF16, BF16, BF16, BF16]

@@ -12,7 +12,7 @@ from xdeepserve import _native, envs
 from xdeepserve.errors import ConfigError
 from xdeepserve.ops import GateSpec, WeightDtype, get_ops
 from xdeepserve.ops.cpu import CpuOps, default_num_threads
-from xdeepserve.ops.quant import from_bf16, quantize_int8, to_bf16
+from xdeepserve.ops.quant import from_bf16, quantize_int8, split_int15, to_bf16
 
 
 def test_get_ops_knows_two_backends() -> None:
@@ -92,6 +92,16 @@ def test_int8_rows_are_symmetric_and_bounded() -> None:
     rows, scales = quantize_int8(np.array([[2.0, -2.0, 1.0], [0.0, 0.0, 0.0]], np.float32))
     np.testing.assert_array_equal(rows, [[127, -127, 64], [0, 0, 0]])
     np.testing.assert_array_equal(scales, np.array([2 / 127, 0], np.float32))
+
+
+def test_rows_of_15_bits_are_two_int8_rows() -> None:
+    rows = np.array([[2.0, -2.0, 1.0, 1e-3], [0.0] * 4, [1e4, 1.0, -0.7, 0.5]], np.float32)
+    coarse, fine, scales = split_int15(rows)
+    np.testing.assert_array_equal(coarse[:2], [[127, -127, 64, 0], [0, 0, 0, 0]])
+    back = (coarse + fine.astype(np.float32) / 128) * scales[:, None]
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    assert (np.abs(back - rows) <= largest / 16319 / 2 * 1.001).all()
+    assert np.abs(fine.astype(np.int32)).max() <= 64
 
 
 def test_instruction_sets_with_fused_multiply_add_give_the_same_bits() -> None:

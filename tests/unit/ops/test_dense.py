@@ -35,7 +35,7 @@ def test_linear_agrees_with_reference(
         x = normal(rng, rows, shape[1])
         got = cpu.linear(x, packed, used_bias)
         want = reference.linear(x, oracle, used_bias)
-        if dtype in (WeightDtype.INT8, WeightDtype.INT4):
+        if dtype in (WeightDtype.INT8, WeightDtype.INT4, WeightDtype.W8A16):
             np.testing.assert_array_equal(got, want)
         else:
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
@@ -67,7 +67,9 @@ def test_thread_count_does_not_touch_bits(
     np.testing.assert_array_equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("dtype", [WeightDtype.BF16, WeightDtype.INT8, WeightDtype.INT4])
+@pytest.mark.parametrize(
+    "dtype", [WeightDtype.BF16, WeightDtype.W8A16, WeightDtype.INT8, WeightDtype.INT4]
+)
 def test_every_instruction_set_gives_the_same_bits(
     rng: np.random.Generator, dtype: WeightDtype
 ) -> None:
@@ -186,6 +188,7 @@ def test_swiglu_agrees_with_reference(
     tolerance = {
         WeightDtype.FLOAT32: 1e-5,
         WeightDtype.BF16: 2e-2,
+        WeightDtype.W8A16: 2e-2,
         WeightDtype.INT8: 5e-2,
         WeightDtype.INT4: 5e-2,
     }[dtype]
