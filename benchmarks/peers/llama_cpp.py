@@ -27,6 +27,11 @@ FLAGS: Final = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DGGML_OPENMP=ON", "-DBUILD_SHARED_LIBS=OFF",
     "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
 )  # fmt: skip
+AMX_SOURCE: Final = Path("ggml", "src", "ggml-cpu", "amx", "mmq.cpp")
+TILE_CONFIG: Final = "_tile_loadconfig(&tc);"
+BARRIER: Final = 'asm volatile("" ::: "memory"); '
+"""Without it GCC 12 drops the stores to the configuration, and the first tile instruction traps."""
+
 TOOLS: Final = ("llama-batched-bench", "llama-quantize", "llama-server")
 CONVERTED: Final = ("bf16", "f16")
 """Written by the converter; the other types are quantized from bf16."""
@@ -72,7 +77,20 @@ def sources() -> Path:
     archive = folder / f"llama_cpp_python-{VERSION}.tar.gz"
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
+    source = tree / AMX_SOURCE
+    source.write_text(with_barrier(source.read_text()))
     return tree
+
+
+def with_barrier(source: str) -> str:
+    """The AMX source so that GCC 12, too, stores a tile configuration before it is loaded.
+
+    Raises:
+        Unavailable: the source has no such place.
+    """
+    if TILE_CONFIG not in source:
+        raise Unavailable(f"{AMX_SOURCE} does not load a tile configuration any more")
+    return source.replace(TILE_CONFIG, BARRIER + TILE_CONFIG)
 
 
 def binaries() -> Path:
@@ -82,7 +100,7 @@ def binaries() -> Path:
         Unavailable: the compilation failed.
     """
     folder = _folder() / "build"
-    recipe = "\n".join((REQUIREMENT, *FLAGS, *TOOLS))
+    recipe = "\n".join((REQUIREMENT, *FLAGS, *TOOLS, BARRIER))
     if not is_built(folder, recipe):
         print(f"compiling llama.cpp in {folder}", flush=True)
         build(["cmake", "-S", str(sources()), "-B", str(folder), *FLAGS])

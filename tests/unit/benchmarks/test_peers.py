@@ -16,6 +16,7 @@ import pytest
 from benchmarks.peers.__main__ import load_rows, machine_name, merge, parse, write
 from benchmarks.peers.environment import Command, Unavailable, is_built, mark_built
 from benchmarks.peers.foreign_load import undisturbed
+from benchmarks.peers.llama_cpp import TILE_CONFIG, with_barrier
 from benchmarks.peers.measure import Plan, measure
 from benchmarks.peers.models import RANDOM_MODELS, random_checkpoint
 from benchmarks.peers.peer import WORKERS, Server, Settings
@@ -240,3 +241,10 @@ def test_command_line_is_checked() -> None:
     with pytest.raises(SystemExit):
         parse(["--repeats", "0"])
     assert parse(["--peers", "llama_cpp"]).peers == ["llama_cpp"]
+
+
+def test_tile_configuration_is_stored_before_it_is_loaded() -> None:
+    patched = with_barrier(f"tc.palette = 1;\n    {TILE_CONFIG}\n")
+    assert patched.index("memory") < patched.index(TILE_CONFIG)
+    with pytest.raises(Unavailable, match=r"mmq\.cpp"):
+        with_barrier("nothing of the kind")
