@@ -21,8 +21,8 @@ struct Int4Activations {
 // One panel of a GEMM: c[rows, cols] = a[rows, k] times up to 32 output features (+ bias).
 struct PanelTask {
   const uint8_t* a;      // prepared activations: float32, or prepare_bf16 / quantize_row /
-                         // prepare_int4 rows; those of bf16 and int8 are followed by kRowSlack
-                         // more that may be read, whatever they hold
+                         // split_row / prepare_int4 rows; those of bf16, int8 and w8a16 are
+                         // followed by kRowSlack more that may be read, whatever they hold
   ptrdiff_t a_stride;    // bytes between rows
   int64_t rows;          // at most kRowChunk
   const uint8_t* b;      // panel, see layout.h

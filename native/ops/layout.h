@@ -17,8 +17,8 @@
 // One group in memory; every part is a multiple of 128 bytes, so groups need no further padding:
 //
 //   +-----------------------------+---------------------+------------------------+
-//   | panels (as above)           | int8: scale f32[Np] | int8: column sum       |
-//   | Np * Kp * element size      |                     | i32[Np] = sum_k w(n,k) |
+//   | panels (as above)           | int8 and w8a16:     | int8 and w8a16: column |
+//   | Np * Kp * element size      | scale f32[Np]       | sum i32[Np], of w(n,k) |
 //   +-----------------------------+---------------------+------------------------+
 //
 // The column sums serve instructions that multiply unsigned by signed bytes: they see
