@@ -9,6 +9,9 @@ namespace xds {
 namespace {
 
 constexpr int64_t kReadAhead = 256 << 10;  // bytes for each thread, within the second cache
+constexpr int64_t kBlockBytes = 5 << 18;   // of rows or panels that stay in that cache
+constexpr int64_t kGatedRows = 64;         // of a task whose products stay in the first cache
+constexpr int64_t kGatedBytes = 1 << 20;   // of gate and up products that are worth it
 
 // Rows as panel_gemm reads them.
 struct Activations {
@@ -34,7 +37,7 @@ int64_t int8_row_bytes(int64_t n) { return round_up(n, 64); }
 
 // Bytes of a prepared row of n activations.
 int64_t row_bytes(const Kernels& kernels, DType dtype, int64_t n) {
-  if (dtype == DType::kInt4) return round_up(n, kInt4Group) / kInt4Group * sizeof(Int4Activations);
+  if (dtype == DType::kInt4) return round_up(n, kInt4Group) / kInt4Group * kInt4RowBytes;
   if (is_int8(dtype)) return int8_row_bytes(n) * (dtype == DType::kW8A16 ? 2 : 1);
   return round_up(n, step_width(dtype)) * kernels.bf16_item;
 }
@@ -50,9 +53,7 @@ void finish_int8_row(const Kernels& kernels, int64_t n, uint8_t* row) {
 void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n, uint8_t* out,
                  float* scale) {
   if (dtype == DType::kBf16) return kernels.prepare_bf16(x, n, out);
-  if (dtype == DType::kInt4) {
-    return kernels.prepare_int4(x, n, reinterpret_cast<Int4Activations*>(out));
-  }
+  if (dtype == DType::kInt4) return kernels.prepare_int4(x, n, out);
   const int64_t length = int8_row_bytes(n);
   auto* bytes = reinterpret_cast<int8_t*>(out);
   *scale = dtype == DType::kInt8 ? kernels.quantize_row(x, n, bytes)
@@ -91,11 +92,11 @@ Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType
 }
 
 PanelTask panel_task(const Product& p, const Weight& w, int64_t panel, int64_t first_row,
-                     const float* bias) {
+                     int64_t rows, const float* bias) {
   PanelTask task{};
   task.a = p.a + first_row * p.a_stride;
   task.a_stride = p.a_stride;
-  task.rows = std::min(kRowChunk, p.rows - first_row);
+  task.rows = rows;
   task.b = w.panel(p.group, panel);
   task.steps = w.steps();
   if (p.c != nullptr) task.c = p.c + first_row * p.c_stride + panel * kPanel;
@@ -112,20 +113,23 @@ PanelTask panel_task(const Product& p, const Weight& w, int64_t panel, int64_t f
   return task;
 }
 
-// The work items of some products with one weight: (product, row chunk, panel).
+// The work items of some products with one weight: (product, block of rows, panel, rows of the
+// block). A block of rows stays in the cache while one panel after the other is read. If the panels
+// themselves stay there, a block is as small as can be, so that threads share no rows.
 class Items {
  public:
   struct Place {
     const Product& product;
     int64_t panel;
     int64_t first_row;
+    int64_t rows;
   };
 
-  Items(const std::vector<Product>& products, const Weight& w) : products_(products), w_(w) {
-    for (const Product& p : products) {
-      const int64_t chunks = (p.rows + kRowChunk - 1) / kRowChunk;
-      first_.push_back(first_.back() + chunks * w.panels());
-    }
+  // Each item is at most `chunk` rows of one of `panels` panels; of w, or pairs of them.
+  Items(const std::vector<Product>& products, const Weight& w, int64_t panels, int64_t chunk)
+      : products_(products), panels_(panels), chunk_(chunk),
+        block_bytes_(w.panels() * w.panel_bytes() > kBlockBytes ? kBlockBytes : 0) {
+    for (const Product& p : products) first_.push_back(first_.back() + chunks(p) * panels);
   }
 
   int64_t count() const { return first_.back(); }
@@ -133,18 +137,23 @@ class Items {
   Place place(int64_t item) const {
     const auto after = std::upper_bound(first_.begin(), first_.end(), item);
     const size_t index = static_cast<size_t>(after - first_.begin()) - 1;
+    const Product& p = products_[index];
+    const int64_t most = std::max<int64_t>(1, block_bytes_ / (chunk_ * p.a_stride));
     const int64_t local = item - first_[index];
-    return {products_[index], local % w_.panels(), local / w_.panels() * kRowChunk};
-  }
-
-  const uint8_t* panel(int64_t item) const {
-    const Place at = place(item);
-    return w_.panel(at.product.group, at.panel);
+    const int64_t block = local / (most * panels_);
+    const int64_t in_block = local - block * most * panels_;
+    const int64_t chunks_here = std::min(most, chunks(p) - block * most);
+    const int64_t first_row = (block * most + in_block % chunks_here) * chunk_;
+    return {p, in_block / chunks_here, first_row, std::min(chunk_, p.rows - first_row)};
   }
 
  private:
+  int64_t chunks(const Product& p) const { return (p.rows + chunk_ - 1) / chunk_; }
+
   const std::vector<Product>& products_;
-  const Weight& w_;
+  const int64_t panels_;
+  const int64_t chunk_;
+  const int64_t block_bytes_;
   std::vector<int64_t> first_{0};  // item of each product
 };
 
@@ -178,27 +187,65 @@ class Upcoming {
   const Weight* next_;
 };
 
-// Spreads the products over the threads.
-void multiply(Context& ctx, const std::vector<Product>& products, const Weight& w,
-              const float* bias = nullptr, const PanelSink* sink = nullptr) {
-  const Items items(products, w);
+// compute(place, next, thread) for all items, shared out to the threads; `next` is the panel that
+// the thread reads after those of this item, or null.
+template <class Compute>
+void share_out(Context& ctx, const Items& items, const Weight& w, Compute&& compute) {
   const Upcoming upcoming(ctx, w);
+  auto panel = [&](const Items::Place& at) { return w.panel(at.product.group, at.panel); };
   auto body = [&](int64_t item, int thread) {
     const Items::Place at = items.place(item);
-    PanelTask task = panel_task(at.product, w, at.panel, at.first_row, bias);
     const ThreadPool::Share own = ctx.pool.share(items.count(), thread);
     if (item == own.first) upcoming.read_ahead(thread, w.panel_bytes());
+    const uint8_t* next = nullptr;
     if (item >= own.first && item < own.stop) {  // else it is an item of a late thread
-      task.next = item + 1 < own.stop ? items.panel(item + 1) : upcoming.begin(thread);
+      next = item + 1 < own.stop ? panel(items.place(item + 1)) : upcoming.begin(thread);
     }
-    if (sink != nullptr) return (*sink)(task, at.panel, at.first_row, thread);
-    ctx.kernels.panel_gemm[static_cast<int>(w.dtype)](task);
+    compute(at, next == panel(at) ? nullptr : next, thread);
   };
   if (items.count() * w.k * kPanel < kSmallWork) {
     for (int64_t item = 0; item < items.count(); ++item) body(item, 0);
   } else {
     ctx.pool.for_each_in_shares(items.count(), body);
   }
+}
+
+// Spreads the products over the threads.
+void multiply(Context& ctx, const std::vector<Product>& products, const Weight& w,
+              const float* bias = nullptr, const PanelSink* sink = nullptr) {
+  const auto panel_gemm = ctx.kernels.panel_gemm[static_cast<int>(w.dtype)];
+  const Items items(products, w, w.panels(), kRowChunk);
+  share_out(ctx, items, w, [&](const Items::Place& at, const uint8_t* next, int thread) {
+    PanelTask task = panel_task(at.product, w, at.panel, at.first_row, at.rows, bias);
+    task.next = next;
+    if (sink != nullptr) return (*sink)(task, at.panel, at.first_row, thread);
+    panel_gemm(task);
+  });
+}
+
+// Products with gate and up, of which only silu(gate) * up leaves the cache: c is [rows, w.n / 2].
+void multiply_gated(Context& ctx, const std::vector<Product>& products, const Weight& w) {
+  const auto panel_gemm = ctx.kernels.panel_gemm[static_cast<int>(w.dtype)];
+  const int64_t panels = w.panels() / 2;
+  for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(kGatedRows * 2 * kPanel);
+  const Items items(products, w, panels, kGatedRows);
+  share_out(ctx, items, w, [&](const Items::Place& at, const uint8_t* next, int thread) {
+    const Product& p = at.product;
+    Scratch& scratch = ctx.thread_scratch[static_cast<size_t>(thread)];
+    float* block = scratch.get<float>(kGatedRows * 2 * kPanel);
+    for (int which = 0; which < 2; ++which) {
+      const int64_t panel = at.panel + which * panels;
+      PanelTask task = panel_task(p, w, panel, at.first_row, at.rows, nullptr);
+      task.c = block + which * kPanel;
+      task.c_stride = 2 * kPanel;
+      task.next = which == 0 ? w.panel(p.group, at.panel + panels) : next;
+      panel_gemm(task);
+    }
+    float* out = p.c + at.first_row * p.c_stride + at.panel * kPanel;
+    for (int64_t row = 0; row < at.rows; ++row, block += 2 * kPanel, out += p.c_stride) {
+      ctx.kernels.silu_mul_row(block, block + kPanel, kPanel, out);
+    }
+  });
 }
 
 // One product per expert that has rows; rows of `a` and `c` are sorted by expert.
@@ -305,8 +352,15 @@ void expert_mlp(Context& ctx, const float* x, const int32_t* counts, const Weigh
   for (int64_t e = 0; e < gate_up.groups; ++e) rows += counts[e];
   float* hidden = ctx.hidden.get<float>(rows * gate_up.n);
   const Activations in = prepare(ctx, x, rows, gate_up.k, gate_up.dtype);
-  multiply(ctx, by_expert(in, counts, gate_up, hidden, gate_up.n), gate_up);
-  const Activations mid = prepare(ctx, hidden, rows, down.k, gate_up.n, down.dtype, true);
+  const bool is_gated = down.k % kPanel == 0 && rows * gate_up.n * 4 >= kGatedBytes;
+  const int64_t stride = is_gated ? down.k : gate_up.n;
+  const std::vector<Product> products = by_expert(in, counts, gate_up, hidden, stride);
+  if (is_gated) {
+    multiply_gated(ctx, products, gate_up);
+  } else {
+    multiply(ctx, products, gate_up);
+  }
+  const Activations mid = prepare(ctx, hidden, rows, down.k, stride, down.dtype, !is_gated);
   multiply(ctx, by_expert(mid, counts, down, out, down.n), down);
 }
 

@@ -26,9 +26,9 @@ namespace {
 constexpr Kernels make_amx_table() {
   Kernels table = make_table("amx");
   table.begin_operator = forget_tiles;
-  table.panel_gemm[1] = tile_gemm<Bf16Tile>;
+  table.panel_gemm[1] = bf16_gemm;
   table.panel_gemm[2] = int8_gemm;
-  table.panel_gemm[4] = paired_gemm<int8_gemm>;
+  table.panel_gemm[4] = w8a16_gemm;
   table.attend = attend_tiles;
   return table;
 }

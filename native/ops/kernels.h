@@ -11,18 +11,24 @@
 
 namespace xds {
 
-// Activations of one group of 32 k, as the 4-bit GEMM reads them; a row is one per group.
-struct Int4Activations {
-  int8_t values[32];  // zero beyond the end of the row
+// Of one group of 32 k of a row that the 4-bit GEMM reads: 32 int8 values of each group, zero beyond
+// the end of the row, then these of each group.
+struct Int4Factors {
   float scale;
   float sum;  // scale * sum of values: what multiplies a weight's low
 };
 
+inline constexpr int64_t kInt4RowBytes = kInt4Group + sizeof(Int4Factors);  // of one group
+
+inline const Int4Factors* int4_factors_of(const uint8_t* row, int64_t groups) {
+  return reinterpret_cast<const Int4Factors*>(row + groups * kInt4Group);
+}
+
 // One panel of a GEMM: c[rows, cols] = a[rows, k] times up to 32 output features (+ bias).
 struct PanelTask {
   const uint8_t* a;      // prepared activations: float32, or prepare_bf16 / quantize_row /
-                         // split_row / prepare_int4 rows; those of bf16, int8 and w8a16 are
-                         // followed by kRowSlack more that may be read, whatever they hold
+                         // split_row / prepare_int4 rows; all but float32 ones are followed by
+                         // kRowSlack more that may be read, whatever they hold
   ptrdiff_t a_stride;    // bytes between rows
   int64_t rows;          // at most kRowChunk
   const uint8_t* b;      // panel, see layout.h
@@ -110,7 +116,7 @@ struct Kernels {
   // Quantize a row to 15 bits, 128 * coarse + fine; returns the scale of the coarse values.
   float (*split_row)(const float* x, int64_t n, int8_t* coarse, int8_t* fine);
   // Quantize each group of 32 of a row on its own.
-  void (*prepare_int4)(const float* x, int64_t n, Int4Activations* out);
+  void (*prepare_int4)(const float* x, int64_t n, uint8_t* out);
 
   void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* out);
   void (*add_row)(const float* a, const float* b, int64_t n, float* out);

@@ -13,7 +13,6 @@ constexpr int64_t kBlockRows = 2 * kTileRows;
 static_assert(kRowSlack == kBlockRows - 1);
 
 struct Bf16Tile {
-  using Element = float;
   static void dot_first() {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -22,11 +21,9 @@ struct Bf16Tile {
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  static F16 result(const float* p) { return load(p); }
 };
 
 struct Int8Tile {
-  using Element = int32_t;
   static void dot_first() {
     _tile_dpbusd(0, 4, 6);
     _tile_dpbusd(1, 4, 7);
@@ -35,7 +32,6 @@ struct Int8Tile {
     _tile_dpbusd(2, 5, 6);
     _tile_dpbusd(3, 5, 7);
   }
-  static I16 result(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 };
 
 // The compiler does not see that tile instructions read and write memory.
@@ -103,47 +99,117 @@ inline void store_tiles(void* out, ptrdiff_t pitch, bool both) {
   memory_barrier();
 }
 
+// Bytes of the tiles as rows of 32 sums.
+template <class T>
+struct alignas(64) TileSums {
+  T rows[kBlockRows][kPanel];
+};
+
+// The accumulators become rows [first, first + rows) of `a`, at most 32, times the panel.
 template <class Tile>
-inline void write_tiles(const PanelTask& t, int64_t first, int64_t rows) {
-  using Element = typename Tile::Element;
-  const bool is_whole = rows == kBlockRows && t.cols == kPanel;
-  if (std::is_same_v<Element, float> && is_whole && t.bias == nullptr) {
-    return store_tiles(t.c + first * t.c_stride, t.c_stride * 4, true);
+inline void multiply_block(const PanelTask& t, const uint8_t* a, int64_t rows, Prefetch& fetch) {
+  const ptrdiff_t a_stride = t.rows == 1 ? 0 : t.a_stride;  // one row is read 16 times
+  const uint8_t* b = t.b;
+  clear_tiles();
+  int64_t left = t.steps;
+  for (; left >= kTileSteps; left -= kTileSteps, a += 64, b += kTileSteps * kStepBytes) {
+    fetch.step();
+    dot_tiles<Tile>(a, a_stride, rows > kTileRows, b);
   }
-  alignas(64) Element block[kBlockRows * kPanel];
-  store_tiles(block, kPanel * sizeof(Element), rows > kTileRows);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t col = 0; col < t.cols; col += 16) {
-      write_out(t, Tile::result(block + r * kPanel + col), first + r, col);
-    }
+  if (left > 0) dot_last_tiles<Tile>(a, t.a_stride, rows, b, left);
+}
+
+inline Prefetch fetch_next(const PanelTask& t) {
+  const bool is_one_pass = t.rows <= kBlockRows;
+  return {t.next, t.steps * kStepBytes, kTileSteps * (is_one_pass ? kStepBytes / 64 : 1)};
+}
+
+// body(first, rows) for blocks of at most 32 rows.
+template <class Body>
+inline void for_row_blocks(int64_t count, Body&& body) {
+  for (int64_t first = 0; first < count; first += kBlockRows) {
+    body(first, lesser(kBlockRows, count - first));
   }
 }
 
-template <class Tile>
-void tile_gemm(const PanelTask& t) {
+void bf16_gemm(const PanelTask& t) {
   shape_tiles();
-  fetch_columns(t);
-  const bool is_one_pass = t.rows <= kBlockRows;
-  Prefetch fetch(t.next, t.steps * kStepBytes, kTileSteps * (is_one_pass ? kStepBytes / 64 : 1));
-  const ptrdiff_t a_stride = t.rows == 1 ? 0 : t.a_stride;  // one row is read 16 times
-  for (int64_t first = 0; first < t.rows; first += kBlockRows) {
-    const int64_t rows = lesser(kBlockRows, t.rows - first);
-    const uint8_t* a = t.a + first * t.a_stride;
-    const uint8_t* b = t.b;
-    clear_tiles();
-    int64_t left = t.steps;
-    for (; left >= kTileSteps; left -= kTileSteps, a += 64, b += kTileSteps * kStepBytes) {
-      fetch.step();
-      dot_tiles<Tile>(a, a_stride, rows > kTileRows, b);
+  Prefetch fetch = fetch_next(t);
+  for_row_blocks(t.rows, [&](int64_t first, int64_t rows) {
+    multiply_block<Bf16Tile>(t, t.a + first * t.a_stride, rows, fetch);
+    if (rows == kBlockRows && t.cols == kPanel && t.bias == nullptr) {
+      return store_tiles(t.c + first * t.c_stride, t.c_stride * 4, true);
     }
-    if (left > 0) dot_last_tiles<Tile>(a, t.a_stride, rows, b, left);
-    write_tiles<Tile>(t, first, rows);
+    TileSums<float> sums;
+    store_tiles(sums.rows, sizeof sums.rows[0], rows > kTileRows);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t col = 0; col < t.cols; col += 16) {
+        write_value(t, load(sums.rows[r] + col), first + r, col);
+      }
+    }
+  });
+}
+
+// What the columns of an int8 panel have in common: 16 from `col`.
+struct Int8Columns {
+  F16 scale;
+  __m512i offset;  // what the + 128 of the activations adds to a sum
+
+  Int8Columns(const PanelTask& t, int64_t col)
+      : scale(load(t.col_scale + col)),
+        offset(_mm512_slli_epi32(_mm512_loadu_si512(t.col_sum + col), 7)) {}
+
+  F16 finish(const int32_t* sums, const F16& row_scale) const {
+    const __m512i exact = _mm512_sub_epi32(_mm512_load_si512(sums), offset);
+    return mul({_mm512_cvtepi32_ps(exact)}, mul(row_scale, scale));
+  }
+};
+
+// value(row of the block, column, columns, row scale) goes to each output of a block.
+template <class Value>
+inline void write_int8(const PanelTask& t, int64_t first, int64_t rows, Value&& value) {
+  for (int64_t col = 0; col < t.cols; col += 16) {
+    const Int8Columns columns(t, col);
+    for (int64_t r = 0; r < rows; ++r) {
+      const F16 row_scale = set1(t.row_scale[(first + r) * t.row_scale_stride]);
+      write_value(t, value(r, col, columns, row_scale), first + r, col);
+    }
   }
 }
 
 // Few rows of int8 are quicker without tiles, and their sums are as exact.
+inline bool is_for_vectors(const PanelTask& t) { return t.rows <= 2; }
+
 void int8_gemm(const PanelTask& t) {
-  constexpr int64_t kVectorRows = 2;
-  if (t.rows <= kVectorRows) return panel_tiles<Int8Product, kWideRows>(t);
-  tile_gemm<Int8Tile>(t);
+  if (is_for_vectors(t)) return panel_tiles<Int8Product, kWideRows>(t);
+  shape_tiles();
+  fetch_columns(t);
+  Prefetch fetch = fetch_next(t);
+  for_row_blocks(t.rows, [&](int64_t first, int64_t rows) {
+    TileSums<int32_t> sums;
+    multiply_block<Int8Tile>(t, t.a + first * t.a_stride, rows, fetch);
+    store_tiles(sums.rows, sizeof sums.rows[0], rows > kTileRows);
+    write_int8(t, first, rows, [&](int64_t r, int64_t col, const auto& columns, const F16& scale) {
+      return columns.finish(sums.rows[r] + col, scale);
+    });
+  });
+}
+
+void w8a16_gemm(const PanelTask& t) {
+  if (is_for_vectors(t)) return paired_gemm<panel_tiles<Int8Product, kWideRows>>(t);
+  shape_tiles();
+  fetch_columns(t);
+  Prefetch fetch = fetch_next(t);
+  for_row_blocks(t.rows, [&](int64_t first, int64_t rows) {
+    TileSums<int32_t> coarse, fine;
+    const uint8_t* a = t.a + first * t.a_stride;
+    multiply_block<Int8Tile>(t, a, rows, fetch);
+    store_tiles(coarse.rows, sizeof coarse.rows[0], rows > kTileRows);
+    multiply_block<Int8Tile>(t, a + t.a_fine, rows, fetch);
+    store_tiles(fine.rows, sizeof fine.rows[0], rows > kTileRows);
+    write_int8(t, first, rows, [&](int64_t r, int64_t col, const auto& columns, const F16& scale) {
+      return join_parts(columns.finish(coarse.rows[r] + col, scale),
+                        columns.finish(fine.rows[r] + col, scale));
+    });
+  });
 }

@@ -179,6 +179,10 @@ void panel_gemm(const PanelTask& t) {
 }
 
 // Activations of 15 bits are 128 * coarse + fine, so they are two int8 products with one weight.
+inline F16 join_parts(const F16& coarse, const F16& fine) {
+  return add(coarse, mul(fine, set1(1.0f / 128)));
+}
+
 template <void (*gemm)(const PanelTask&)>
 void paired_gemm(const PanelTask& t) {
   alignas(64) float coarse[kRowChunk * kPanel];
@@ -195,7 +199,7 @@ void paired_gemm(const PanelTask& t) {
   for (int64_t r = 0; r < t.rows; ++r) {
     for (int64_t col = 0; col < t.cols; col += 16) {
       const int64_t at = r * kPanel + col;
-      write_value(t, add(load(coarse + at), mul(load(fine + at), set1(1.0f / 128))), r, col);
+      write_value(t, join_parts(load(coarse + at), load(fine + at)), r, col);
     }
   }
 }

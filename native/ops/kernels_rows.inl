@@ -47,24 +47,44 @@ void prepare_bf16(const float* x, int64_t n, void* out) {
   }
 }
 
-float quantize_row(const float* x, int64_t n, int8_t* out) {
+// The nearest whole number within [-bound, bound]; NaN becomes -bound.
+inline F16 round_within(const F16& x, float bound) {
+  const F16 magic = set1(kRoundMagic);
+  const F16 clamped = min(max(x, set1(-bound)), set1(bound));
+  return sub(add(clamped, magic), magic);
+}
+
+inline void store_s8_up_to(int8_t* p, const F16& a, int64_t left) {
+  if (left >= 16) return store_s8(p, a);
+  int8_t lanes[16];
+  store_s8(lanes, a);
+  for (int64_t i = 0; i < left; ++i) p[i] = lanes[i];
+}
+
+inline float largest_magnitude(const float* x, int64_t n) {
   F16 largest = set1(0.0f);
   for (int64_t i = 0; i < n; i += 16) largest = max(largest, absolute(load_up_to(x + i, n - i)));
-  const Int8Scale scale = int8_scale(reduce_max(largest));
-  for (int64_t i = 0; i < n; ++i) out[i] = to_int8(x[i] * scale.inverse);
+  return reduce_max(largest);
+}
+
+float quantize_row(const float* x, int64_t n, int8_t* out) {
+  const Int8Scale scale = int8_scale(largest_magnitude(x, n));
+  const F16 inverse = set1(scale.inverse);
+  for (int64_t i = 0; i < n; i += 16) {
+    const F16 value = round_within(mul(load_up_to(x + i, n - i), inverse), 127.0f);
+    store_s8_up_to(out + i, value, n - i);
+  }
   return scale.scale;
 }
 
 float split_row(const float* x, int64_t n, int8_t* coarse, int8_t* fine) {
-  F16 largest = set1(0.0f);
-  for (int64_t i = 0; i < n; i += 16) largest = max(largest, absolute(load_up_to(x + i, n - i)));
-  const float top = reduce_max(largest);
-  const float inverse = top < kTinyRow ? 0.0f : kSplitMax / top;
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = round_between(x[i] * inverse, -kSplitMax, kSplitMax);
-    const float high = round_between(value / 128.0f, -127.0f, 127.0f);
-    coarse[i] = static_cast<int8_t>(static_cast<int32_t>(high));
-    fine[i] = static_cast<int8_t>(static_cast<int32_t>(value - 128.0f * high));
+  const float top = largest_magnitude(x, n);
+  const F16 inverse = set1(top < kTinyRow ? 0.0f : kSplitMax / top);
+  for (int64_t i = 0; i < n; i += 16) {
+    const F16 value = round_within(mul(load_up_to(x + i, n - i), inverse), kSplitMax);
+    const F16 high = round_within(mul(value, set1(1.0f / 128)), 127.0f);
+    store_s8_up_to(coarse + i, high, n - i);
+    store_s8_up_to(fine + i, sub(value, mul(high, set1(128.0f))), n - i);
   }
   return top < kTinyRow ? 0.0f : top / kSplitMax * 128.0f;
 }

@@ -34,6 +34,7 @@ inline F16 div(F16 a, F16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(
 inline F16 fma(F16 a, F16 b, F16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
+inline F16 fused(F16 a, F16 b, F16 c) { return fma(a, b, c); }
 inline F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 inline F16 min(F16 a, F16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 inline F16 absolute(F16 a) {
@@ -89,6 +90,15 @@ inline F16 load_s8(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+}
+
+// Whole numbers in [-128, 127] as int8.
+inline void store_s8(int8_t* p, F16 a) {
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi));
+  const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xD8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered),
+                                        _mm256_extracti128_si256(ordered, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
 inline I16 int_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

@@ -24,6 +24,7 @@ inline F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 fused(F16 a, F16 b, F16 c) { return fma(a, b, c); }
 inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F16 absolute(F16 a) { return {_mm512_abs_ps(a.v)}; }
@@ -80,6 +81,12 @@ inline __m512i bf16_of_bytes(__m256i bytes) {
 inline F16 load_s8(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+
+// Whole numbers in [-128, 127] as int8.
+inline void store_s8(int8_t* p, F16 a) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a.v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
 inline I16 int_zero() { return {_mm512_setzero_si512()}; }

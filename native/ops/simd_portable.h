@@ -55,6 +55,11 @@ inline F16 fma(F16 a, const F16& b, const F16& c) {
 #endif
   return a;
 }
+// a * b + c in one rounding on every machine.
+inline F16 fused(F16 a, const F16& b, const F16& c) {
+  XDS_LANES a.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
+  return a;
+}
 inline F16 max(F16 a, const F16& b) {
   XDS_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
   return a;
@@ -128,6 +133,11 @@ inline F16 load_s8(const int8_t* p) {
   F16 r;
   XDS_LANES r.v[i] = static_cast<float>(p[i]);
   return r;
+}
+
+// Whole numbers in [-128, 127] as int8.
+inline void store_s8(int8_t* p, const F16& a) {
+  XDS_LANES p[i] = static_cast<int8_t>(static_cast<int32_t>(a.v[i]));
 }
 
 inline I16 int_zero() { return I16{}; }

@@ -229,16 +229,22 @@ def _int8_product(rows: I8, weight: Weight, row_scales: F32) -> F32:
 
 
 def _int4_row(row: F32, weight: Weight) -> F32:
-    """[N]: groups of 32 k in ascending order, every product and sum rounded to float32."""
+    """[N]: groups of 32 k in ascending order, added by fused multiply-adds."""
     quantized, scales = quantize_int8(split_groups(row))
     sums = scales * quantized.sum(axis=1, dtype=np.int32).astype(np.float32)
     nibbles = split_groups(weight.values).astype(np.int32)
     dots = (nibbles * quantized.astype(np.int32)).sum(axis=2).astype(np.float32)
     out = np.zeros(weight.num_out, np.float32)
     for g, scale in enumerate(scales):
-        out = out + dots[:, g] * (scale * weight.scales[:, g])
-        out = out + sums[g] * weight.lows[:, g]
+        out = _multiply_add(dots[:, g], scale * weight.scales[:, g], out)
+        out = _multiply_add(sums[g], weight.lows[:, g], out)
     return out
+
+
+def _multiply_add(a: F32 | np.float32, b: F32, c: F32) -> F32:
+    """a * b + c; float64 holds the product exactly."""
+    wide = np.multiply(a, b, dtype=np.float64) + c
+    return wide.astype(np.float32)
 
 
 def _swiglu(x: F32, gate_up: Weight, down: Weight) -> F32:

@@ -32,7 +32,7 @@ class WeightDtype(enum.StrEnum):
     accumulation, result = float(acc) * (row_scale * column_scale). int4: each group of 32
     neighbours in k of an output is scale * nibble + low, nibble in [0, 15], scale and low bf16;
     activations are quantized per group of 32 as int8 quantizes a row; group dot products are exact
-    and added in float32 in ascending order of k, without fused multiply-adds (see `quant`). w8a16:
+    and added in float32 in ascending order of k, by fused multiply-adds (see `quant`). w8a16:
     int8 weights, activations quantized per row to 15 bits, 128 * coarse + fine with both int8: two
     int8 products, coarse + fine / 128.
     """

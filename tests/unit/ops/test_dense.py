@@ -74,7 +74,7 @@ def test_every_instruction_set_gives_the_same_bits(
     rng: np.random.Generator, dtype: WeightDtype
 ) -> None:
     # A product of two bf16 is exact in float32, and int32 sums are exact: fused or not, the order
-    # of accumulation alone decides. int4 rounds each product before it is added, everywhere.
+    # of accumulation alone decides. int4 rounds once for each multiply-add, everywhere.
     # Tile registers add bf16 products in an order of their own.
     weight, x = normal(rng, 70, 129), normal(rng, 9, 129)
     isas = [isa for isa in ISAS if isa != "amx" or dtype is not WeightDtype.BF16]
