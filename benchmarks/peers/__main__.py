@@ -2,8 +2,8 @@
 
 For each model, precision class and workload every engine is measured in turn, `--repeats` times:
 in one turn, all run the same prompts one after the other. A cell that cannot be measured has a
-reason. Results join those already in the output file, unless they are measured again. The last
-line is JSON.
+reason. Results join those already in the output file as each workload is done, unless they are
+measured again. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.peers.peer import PRECISIONS, Peer
 from benchmarks.peers.plot import plot
 from benchmarks.peers.table import Row, cells, markdown
 from benchmarks.peers.transformers import Transformers
-from benchmarks.peers.vllm import Vllm
+from benchmarks.peers.vllm import Vllm, VllmPace
 from benchmarks.peers.workloads import WORKLOADS
 from benchmarks.peers.xdeepserve import XDeepServe
 
@@ -45,6 +45,7 @@ def all_peers() -> dict[str, Peer]:
         "openvino": OpenVino(),
         "transformers": Transformers(),
         "vllm": Vllm(),
+        "vllm_pace": VllmPace(),
     }
 
 
@@ -113,23 +114,32 @@ def main(arguments: list[str] | None = None) -> int:
         repeats=0 if args.prepare else args.repeats,
         threads=args.threads,
     )
-    rows = measure(plan)
-    if args.prepare:
-        return 0
     machine = machine_fingerprint()
     path = args.output or RESULTS / f"peers-{machine_name(machine)}.json"
-    merged = merge(load_rows(path), rows)
-    document = {
-        "benchmark": "peers",
-        "machine": machine,
-        "ceilings": [asdict(measure_ceilings(n)) for n in sorted({1, args.threads})],
-        "cells": cells(merged),
-        "rows": [asdict(row) for row in merged],
-    }
-    write(path, document)
+    rows: list[Row] = []
+    for finished in measure(plan):
+        rows += finished
+        if not args.prepare and finished:
+            ceilings = [asdict(measure_ceilings(n)) for n in sorted({1, args.threads})]
+            write(path, document(machine, ceilings, merge(load_rows(path), rows)))
+    if args.prepare:
+        return 0
     print(markdown(cells(rows)))
     print(json_line({"benchmark": "peers", "output": str(path), "cells": cells(rows)}))
     return 0
+
+
+def document(
+    machine: dict[str, Any], ceilings: list[dict[str, Any]], rows: Sequence[Row]
+) -> dict[str, Any]:
+    """What the output file holds; the ceilings are those of the last workload's time."""
+    return {
+        "benchmark": "peers",
+        "machine": machine,
+        "ceilings": ceilings,
+        "cells": cells(rows),
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 if __name__ == "__main__":

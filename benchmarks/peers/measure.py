@@ -4,21 +4,23 @@ for model, class:  start every engine's worker        (one that cannot: a row wi
     for workload:  warm up, then repeats x engines    (interleaved, same prompts in a turn)
                    then the same with every engine's server
 
-Whose turn it is not stands still (SIGSTOP).
+Whose turn it is not stands still (SIGSTOP). A peer that is far behind the best one after a few
+repeats is not measured further in that workload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from benchmarks.peers.environment import Unavailable
 from benchmarks.peers.foreign_load import undisturbed
 from benchmarks.peers.online import ServerProcess
 from benchmarks.peers.peer import Peer, Settings, WorkerProcess
-from benchmarks.peers.table import Row
+from benchmarks.peers.table import METRICS, Row
 from benchmarks.peers.workloads import (
     MAX_MODEL_LEN,
     MAX_SEQS,
@@ -26,6 +28,11 @@ from benchmarks.peers.workloads import (
     OnlineWorkload,
     Workload,
 )
+from benchmarks.peers.xdeepserve import OURS
+
+TRIAL_REPEATS: Final = 2
+FAR_BEHIND: Final = 0.5
+"""Of the best peer's median, in every metric."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +69,8 @@ class Entrant:
         return f"{self.peer.name} {self.variant}"
 
 
-def measure(plan: Plan) -> list[Row]:
-    """Everything; prints each value as it is measured."""
-    rows: list[Row] = []
+def measure(plan: Plan) -> Iterator[list[Row]]:
+    """Everything, a workload at a time; prints each value as it is measured."""
     for model in plan.models:
         for precision in plan.precisions:
             entrants = [
@@ -74,9 +80,8 @@ def measure(plan: Plan) -> list[Row]:
             ]
             missing = [peer for peer in plan.peers if not peer.variants[precision]]
             for workload in plan.workloads:
-                rows += [_no_variant(model, precision, workload.name, peer) for peer in missing]
-            rows += _measure_class(plan, model, precision, entrants)
-    return rows
+                yield [_no_variant(model, precision, workload.name, peer) for peer in missing]
+            yield from _measure_class(plan, model, precision, entrants)
 
 
 def _no_variant(model: str, precision: str, workload: str, peer: Peer) -> Row:
@@ -85,7 +90,7 @@ def _no_variant(model: str, precision: str, workload: str, peer: Peer) -> Row:
 
 def _measure_class(
     plan: Plan, model: str, precision: str, entrants: Sequence[Entrant]
-) -> Iterator[Row]:
+) -> Iterator[list[Row]]:
     """The rows of one model in one class: workers that stay up first, then servers."""
     batches = [w for w in plan.workloads if isinstance(w, Workload)]
     for is_shared in (False, True):
@@ -103,7 +108,7 @@ def _measure_batches(
     precision: str,
     entrants: Sequence[Entrant],
     workloads: Sequence[Workload],
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     settings = plan.settings(prefix_caching=any(w.shared_len for w in workloads))
     workers: dict[Entrant, WorkerProcess] = {}
     rows = _empty_rows(model, precision, entrants, workloads)
@@ -115,10 +120,10 @@ def _measure_batches(
                 workers[entrant] = stack.enter_context(worker)
             except Unavailable as exc:
                 _excuse(rows, entrant, exc)
-        if plan.repeats:
-            for workload in workloads:
+        for workload in workloads:
+            if plan.repeats:
                 _take_turns(plan.repeats, workload, workers, rows)
-    return list(rows.values())
+            yield _of_workload(rows, workload.name)
 
 
 def _take_turns(
@@ -131,7 +136,7 @@ def _take_turns(
         order = workload.order(seed)
         for entrant, worker in workers.items():
             row = rows[workload.name, entrant]
-            if row.reason:
+            if row.reason or is_far_behind(row, _of_workload(rows, workload.name)):
                 continue
             try:
                 if seed == WARM_UP_SEED:
@@ -152,7 +157,7 @@ def _measure_servers(
     precision: str,
     entrants: Sequence[Entrant],
     workloads: Sequence[OnlineWorkload],
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     settings = plan.settings(prefix_caching=False)
     servers: dict[Entrant, ServerProcess] = {}
     rows = _empty_rows(model, precision, entrants, workloads)
@@ -167,13 +172,14 @@ def _measure_servers(
             for repeat in range(plan.repeats):
                 for entrant, server in servers.items():
                     row = rows[workload.name, entrant]
+                    if row.reason or is_far_behind(row, _of_workload(rows, workload.name)):
+                        continue
                     try:
-                        if not row.reason:
-                            row.runs.append(server.measure(workload, repeat))
-                            _say(row)
+                        row.runs.append(server.measure(workload, repeat))
+                        _say(row)
                     except Unavailable as exc:
                         _excuse({(workload.name, entrant): row}, entrant, exc)
-    return list(rows.values())
+            yield _of_workload(rows, workload.name)
 
 
 def _empty_rows(
@@ -187,6 +193,22 @@ def _empty_rows(
         for w in workloads
         for e in entrants
     }
+
+
+def _of_workload(rows: dict[tuple[str, Entrant], Row], name: str) -> list[Row]:
+    return [row for (workload, _), row in rows.items() if workload == name]
+
+
+def is_far_behind(row: Row, rows: Iterable[Row]) -> bool:
+    """Whether a peer has lost against the best of `rows`, one workload's; never ourselves."""
+    if row.peer == OURS or len(row.runs) < TRIAL_REPEATS:
+        return False
+    for metric in METRICS:
+        others = [other.median(metric) or 0.0 for other in rows if other.peer != OURS]
+        own = row.median(metric)
+        if own is not None and own >= FAR_BEHIND * max(others):
+            return False
+    return True
 
 
 def _excuse(rows: dict[tuple[str, Entrant], Row], entrant: Entrant, why: Unavailable) -> None:

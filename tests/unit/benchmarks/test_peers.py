@@ -17,7 +17,7 @@ from benchmarks.peers.__main__ import load_rows, machine_name, merge, parse, wri
 from benchmarks.peers.environment import Command, Unavailable, is_built, mark_built
 from benchmarks.peers.foreign_load import undisturbed
 from benchmarks.peers.llama_cpp import TILE_CONFIG, with_barrier
-from benchmarks.peers.measure import Plan, measure
+from benchmarks.peers.measure import Plan, is_far_behind, measure
 from benchmarks.peers.models import RANDOM_MODELS, random_checkpoint
 from benchmarks.peers.peer import WORKERS, Server, Settings
 from benchmarks.peers.table import Row, cells, markdown
@@ -104,7 +104,9 @@ def test_workers_take_turns_and_failures_are_rows(tmp_path: Path) -> None:
     short = Workload(name="short", batch=2, input_len=4, output_len=2)
     online = OnlineWorkload(name="online", clients=2)
     with envs.HOME.override(str(tmp_path)):
-        rows = {(r.workload, r.variant): r for r in measure(plan(good, short, online))}
+        finished = list(measure(plan(good, short, online)))
+    rows = {(row.workload, row.variant): row for group in finished for row in group}
+    assert [group[0].workload for group in finished if group] == ["good", "short", "online"]
     assert [run["output tok/s"] for run in rows["good", "fine"].runs] == [3.0, 3.0]
     assert rows["short", "fine"].reason == "ValueError: too short"
     assert rows["good", "broken"].reason.endswith("cannot load")
@@ -114,7 +116,7 @@ def test_workers_take_turns_and_failures_are_rows(tmp_path: Path) -> None:
 
 
 def test_an_engine_without_a_class_is_a_row() -> None:
-    (row,) = measure(plan(WORKLOADS["single"], precision="8-bit"))
+    (row,) = [r for group in measure(plan(WORKLOADS["single"], precision="8-bit")) for r in group]
     assert (row.peer, row.workload, row.runs) == ("fake", "single", [])
     assert "8-bit" in row.reason
 
@@ -142,6 +144,15 @@ def test_ratio_is_against_the_best_variant_of_the_class() -> None:
     text = markdown([first, second])
     assert "b x does not run" in text
     assert "| 1.50 |" in text
+
+
+def test_a_peer_far_behind_is_not_measured_further() -> None:
+    best, slow = row("a", "x", 10.0, 10.0), row("b", "x", 4.0, 4.0)
+    ours, new = row(OURS, "bf16", 1.0, 1.0), row("c", "x", 1.0)
+    rows = [best, slow, ours, new]
+    assert [is_far_behind(each, rows) for each in rows] == [False, True, False, False]
+    slow.runs = [run | {"prefill tok/s": 9.0} for run in slow.runs]  # the best of all at something
+    assert not is_far_behind(slow, rows)
 
 
 def test_a_peer_at_zero_has_no_ratio() -> None:
