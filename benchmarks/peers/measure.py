@@ -30,9 +30,8 @@ from benchmarks.peers.workloads import (
 )
 from benchmarks.peers.xdeepserve import OURS
 
-TRIAL_REPEATS: Final = 2
-FAR_BEHIND: Final = 0.5
-"""Of the best peer's median, in every metric."""
+FAR_BEHIND: Final = {1: 0.33, 2: 0.5}
+"""Repeats -> share of the best peer's median; below it in every metric a peer is far behind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,12 +200,13 @@ def _of_workload(rows: dict[tuple[str, Entrant], Row], name: str) -> list[Row]:
 
 def is_far_behind(row: Row, rows: Iterable[Row]) -> bool:
     """Whether a peer has lost against the best of `rows`, one workload's; never ourselves."""
-    if row.peer == OURS or len(row.runs) < TRIAL_REPEATS:
+    if row.peer == OURS or not row.runs:
         return False
+    share = FAR_BEHIND[min(len(row.runs), max(FAR_BEHIND))]
     for metric in METRICS:
         others = [other.median(metric) or 0.0 for other in rows if other.peer != OURS]
         own = row.median(metric)
-        if own is not None and own >= FAR_BEHIND * max(others):
+        if own is not None and own >= share * max(others):
             return False
     return True
 

@@ -23,6 +23,7 @@ def serve(start: Callable[[dict[str, Any]], Callable[[dict[str, Any]], dict[str,
         start: takes the settings (sys.argv[1], JSON), loads the model and returns the function
             that runs an order.
     """
+
     def say(answer: dict[str, Any]) -> None:
         ANSWERS.write(json.dumps(answer) + "\n")
         ANSWERS.flush()
