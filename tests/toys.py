@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 from xdeepserve.models.build import build_model
 from xdeepserve.models.decoder import Model
 from xdeepserve.models.families import parse_spec
+from xdeepserve.models.files.checkpoint_writer import write_hf_folder
+from xdeepserve.models.files.safetensors_file import TensorPlan
 from xdeepserve.models.weights import InMemoryProvider
 from xdeepserve.ops import Ops, WeightDtype, get_ops
-from xdeepserve.testing.toy_models import toy_checkpoint
+from xdeepserve.testing.toy_models import ToyCheckpoint, toy_checkpoint
 
 
 @cache
@@ -30,3 +33,12 @@ def build_toy(name: str, dtype: str, ops: Ops) -> Model:
         checkpoint,
         dtype=WeightDtype(dtype),
     )
+
+
+def write_toy(folder: Path, checkpoint: ToyCheckpoint) -> None:
+    """The toy as a model folder, which must not be there yet."""
+    plans = [
+        TensorPlan(name, shape, partial(checkpoint.tensor, name))
+        for name, shape in checkpoint.shapes.items()
+    ]
+    write_hf_folder(folder, config=checkpoint.config, tensors=plans, files={})

@@ -1,24 +1,25 @@
-"""The cases of attention's operators: a batch of equal sequences over a bfloat16 cache."""
+"""The cases of attention's operators: a batch of equal sequences over a bfloat16 cache, and over an
+int8 one where the model has such caches. The case's dtype is the cache's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Final
 
 import numpy as np
 from benchmarks.operators import torch_attention
 from benchmarks.operators.case import Calls, Case, Prepared, Sizes
-from benchmarks.operators.operands import Operands, StepShape
+from benchmarks.operators.operands import Operands, StepShape, kv_bytes
 from benchmarks.operators.roofline import Work
 from benchmarks.operators.weights import first_linear
 
+from xdeepserve.models.kv_cache import KVDtype
 from xdeepserve.models.spec import GqaSpec, MlaSpec, ModelSpec
 from xdeepserve.ops import QKNorm, WeightDtype
 
-
-def _kv_bytes(spec: GqaSpec | MlaSpec, tokens: int) -> int:
-    heads, dim = spec.kv_heads_and_dim
-    return 2 * spec.num_kv_arrays * heads * dim * tokens
+KV_DTYPES: Final = (KVDtype.BF16, KVDtype.INT8)
 
 
 def is_prefill(step: StepShape) -> str:
@@ -26,7 +27,9 @@ def is_prefill(step: StepShape) -> str:
     return "prefill" if step.new_tokens > 1 else "decode"
 
 
-def attention_work(spec: GqaSpec | MlaSpec, step: StepShape) -> Work:
+def attention_work(
+    spec: GqaSpec | MlaSpec, step: StepShape, kv_dtype: KVDtype = KVDtype.BF16
+) -> Work:
     """Scores and weighted values over the cached contexts."""
     if isinstance(spec, GqaSpec):
         per_position = 4 * spec.num_heads * spec.head_dim
@@ -36,7 +39,7 @@ def attention_work(spec: GqaSpec | MlaSpec, step: StepShape) -> Work:
         per_position = 2 * spec.num_heads * sums
         cache_bytes = 4 * step.num_tokens * spec.num_heads * sums
     return Work(
-        memory_bytes=_kv_bytes(spec, step.cached_tokens),
+        memory_bytes=kv_bytes(spec, step.cached_tokens, kv_dtype),
         cache_bytes=cache_bytes,
         operations=per_position * step.visible_positions,
         dtype=WeightDtype.BF16,
@@ -60,8 +63,8 @@ def rope_kv_write(model: ModelSpec, sizes: Sizes) -> Iterator[Case]:
     if not isinstance(spec, GqaSpec):
         return
 
-    def prepare(spec: GqaSpec, step: StepShape, operands: Operands) -> Prepared:
-        kv, batches = operands.contexts(spec, step)
+    def prepare(spec: GqaSpec, step: StepShape, kv_dtype: KVDtype, operands: Operands) -> Prepared:
+        kv, batches = operands.contexts(spec, step, kv_dtype)
         qkv = operands.values(step.num_tokens, first_linear(model)[1][1])
         rope, norm = operands.rope(spec, step.context), head_norm(spec, operands)
         calls: Calls = [
@@ -71,14 +74,15 @@ def rope_kv_write(model: ModelSpec, sizes: Sizes) -> Iterator[Case]:
             )
             for batch in batches
         ]  # fmt: skip
-        work = Work(memory_bytes=_kv_bytes(spec, step.num_tokens), cache_bytes=2 * qkv.nbytes)
-        return Prepared(calls, work)
+        written = kv_bytes(spec, step.num_tokens, kv_dtype)
+        return Prepared(calls, Work(memory_bytes=written, cache_bytes=2 * qkv.nbytes))
 
-    for step in _short_steps(sizes):
-        yield Case(
-            "rope_kv_write", is_prefill(step), step.num_tokens, step.context, "",
-            partial(prepare, spec, step),
-        )  # fmt: skip
+    for kv_dtype in KV_DTYPES:
+        for step in _short_steps(sizes):
+            yield Case(
+                "rope_kv_write", is_prefill(step), step.num_tokens, step.context, str(kv_dtype),
+                partial(prepare, spec, step, kv_dtype),
+            )  # fmt: skip
 
 
 def head_norm(spec: GqaSpec, operands: Operands) -> QKNorm | None:
@@ -94,19 +98,21 @@ def paged_attention(model: ModelSpec, sizes: Sizes) -> Iterator[Case]:
     if not isinstance(spec, GqaSpec):
         return
 
-    def prepare(spec: GqaSpec, step: StepShape, operands: Operands) -> Prepared:
-        kv, batches = operands.contexts(spec, step)
+    def prepare(spec: GqaSpec, step: StepShape, kv_dtype: KVDtype, operands: Operands) -> Prepared:
+        kv, batches = operands.contexts(spec, step, kv_dtype)
         q = operands.values(step.num_tokens, spec.num_heads, spec.head_dim)
         attend = partial(operands.ops.paged_attention, kv=kv, scale=spec.scale)
         calls: Calls = [partial(attend, q, batch) for batch in batches]
-        return Prepared(calls, attention_work(spec, step))
+        return Prepared(calls, attention_work(spec, step, kv_dtype))
 
-    for step in sizes.steps():
-        yield Case(
-            "paged_attention", is_prefill(step), step.num_tokens, step.context, "bf16",
-            partial(prepare, spec, step),
-            partial(torch_attention.grouped_query, spec, step),
-        )  # fmt: skip
+    for kv_dtype in KV_DTYPES:
+        for step in sizes.steps():
+            peer = partial(torch_attention.grouped_query, spec, step)
+            yield Case(
+                "paged_attention", is_prefill(step), step.num_tokens, step.context, str(kv_dtype),
+                partial(prepare, spec, step, kv_dtype),
+                peer if kv_dtype is KVDtype.BF16 else None,
+            )  # fmt: skip
 
 
 # -- latent attention ---------------------------------------------------------------------------
@@ -144,7 +150,7 @@ def mla_kv_write(model: ModelSpec, sizes: Sizes) -> Iterator[Case]:
         k_rope = operands.values(step.num_tokens, spec.qk_rope_head_dim)
         write = partial(operands.ops.mla_kv_write, latent, k_rope)
         calls: Calls = [partial(write, batch, kv) for batch in batches]
-        written = _kv_bytes(spec, step.num_tokens)
+        written = kv_bytes(spec, step.num_tokens, KVDtype.BF16)
         return Prepared(calls, Work(memory_bytes=written, cache_bytes=2 * written))
 
     for step in _short_steps(sizes):

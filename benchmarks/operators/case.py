@@ -37,7 +37,12 @@ class Sizes:
     decode: tuple[int, ...] = (1, 8, 32, 64)
     prefill: int = 512
     contexts: tuple[int, ...] = (256, 4096)
-    dtypes: tuple[WeightDtype, ...] = (WeightDtype.BF16, WeightDtype.INT8, WeightDtype.INT4)
+    dtypes: tuple[WeightDtype, ...] = (
+        WeightDtype.BF16,
+        WeightDtype.W8A16,
+        WeightDtype.INT8,
+        WeightDtype.INT4,
+    )
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from xdeepserve.models.huge_pages import huge_zeros
+from xdeepserve.models.kv_cache import KVDtype
 from xdeepserve.models.rope import rope_table
 from xdeepserve.models.spec import GqaSpec, MlaSpec
 from xdeepserve.ops import (
@@ -144,16 +145,14 @@ class Operands:
     # -- caches ---------------------------------------------------------------------------------
 
     def contexts(
-        self, spec: GqaSpec | MlaSpec, step: StepShape
+        self, spec: GqaSpec | MlaSpec, step: StepShape, kv_dtype: KVDtype = KVDtype.BF16
     ) -> tuple[KVLayer, list[AttentionBatch]]:
-        """A bfloat16 cache of `footprint` bytes or a little more; batches that share no block."""
-        heads, dim = spec.kv_heads_and_dim
-        row_values = spec.num_kv_arrays * heads * dim
+        """A cache of `footprint` bytes or a little more; batches that share no block."""
         per_sequence = -(-step.context // BLOCK_SIZE)
         per_batch = step.num_sequences * per_sequence
-        count = num_copies(self.footprint, per_batch * BLOCK_SIZE * row_values * 2)
+        count = num_copies(self.footprint, kv_bytes(spec, per_batch * BLOCK_SIZE, kv_dtype))
         num_blocks = count * per_batch
-        kv = self._cache(num_blocks, heads, dim, spec.num_kv_arrays)
+        kv = self._cache(num_blocks, spec, kv_dtype)
         blocks = self.rng.permutation(num_blocks).astype(np.int32)
         tables = blocks.reshape(count, step.num_sequences, per_sequence)
         batches = [_batch(step, table) for table in tables]
@@ -161,27 +160,43 @@ class Operands:
             batch_view(batch, kv.block_size)
         return kv, batches
 
-    def _cache(self, num_blocks: int, heads: int, dim: int, num_arrays: int) -> KVLayer:
+    def _cache(self, num_blocks: int, spec: GqaSpec | MlaSpec, kv_dtype: KVDtype) -> KVLayer:
+        (heads, dim), num_arrays = spec.kv_heads_and_dim, spec.num_kv_arrays
         size = num_blocks * heads * dim * BLOCK_SIZE
-        if self._cached.size < num_arrays * size:
-            self._cached = huge_zeros((num_arrays * size,), np.dtype(np.uint16))
+        cached = self._bits(num_arrays * size).view(kv_dtype.array_dtype)
+        keys, values = cached[:size], cached[size : num_arrays * size]
+        if num_arrays == 1:
+            return KVLayer(keys.reshape(num_blocks, heads, BLOCK_SIZE, dim), None)
+        is_int8 = kv_dtype is KVDtype.INT8
+        return KVLayer(
+            keys.reshape(num_blocks, heads, dim, BLOCK_SIZE),
+            values.reshape(num_blocks, heads, BLOCK_SIZE, dim),
+            np.full((num_blocks, heads, 2, BLOCK_SIZE), 0.01, np.float32) if is_int8 else None,
+        )
+
+    def _bits(self, count: int) -> Array:
+        """At least `count` bfloat16 numbers: twice as many bytes, whose values are as good."""
+        if self._cached.size < count:
+            self._cached = huge_zeros((count,), np.dtype(np.uint16))
             bits = self.bits(NUM_VALUES)
             for start in range(0, self._cached.size, NUM_VALUES):
                 part = self._cached[start : start + NUM_VALUES]
                 part[:] = bits[: part.size]
-        keys, values = self._cached[:size], self._cached[size : num_arrays * size]
-        if num_arrays == 1:
-            return KVLayer(keys.reshape(num_blocks, heads, BLOCK_SIZE, dim), None)
-        return KVLayer(
-            keys.reshape(num_blocks, heads, dim, BLOCK_SIZE),
-            values.reshape(num_blocks, heads, BLOCK_SIZE, dim),
-        )
+        return self._cached
 
 
 def expert_choices(gate: GateSpec, tokens: int) -> list[I32]:
     """Choices [T, K] of experts, all equally likely: the same ones every time."""
     scores = np.random.default_rng(0).random((NUM_CHOICES, tokens, gate.num_experts))
     return list(np.argsort(scores, axis=2)[:, :, : gate.top_k].astype(np.int32).copy())
+
+
+def kv_bytes(spec: GqaSpec | MlaSpec, tokens: int, kv_dtype: KVDtype) -> int:
+    """Bytes that a layer's cache holds of `tokens` tokens."""
+    heads, dim = spec.kv_heads_and_dim
+    scale_bytes = 4 if kv_dtype is KVDtype.INT8 else 0
+    row_bytes = dim * kv_dtype.array_dtype.itemsize + scale_bytes
+    return spec.num_kv_arrays * heads * row_bytes * tokens
 
 
 def num_copies(footprint: int, size: int) -> int:

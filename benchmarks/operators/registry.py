@@ -43,6 +43,7 @@ WITHOUT_TORCH: Final = {
     "unpack": "the layout is our own",
     "grouped_linear": "torch's batched product has float and bf16 weights only",
     "rope_kv_write": "torch has no paged cache",
+    "paged_attention": "torch's attention has no int8 cache",
     "mla_kv_write": "torch has no paged cache",
     **dict.fromkeys(
         ("gqa_layer", "mla_layer", "decoder_layers"),

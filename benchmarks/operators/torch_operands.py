@@ -2,8 +2,8 @@
 
 bf16: `F.linear` (oneDNN), and oneDNN's product on a weight in its own layout, which is what torch's
 compiler makes of it. int8: dynamically quantized linear, oneDNN where torch chooses it. int4:
-torch's product of bf16 rows and int4 weights in groups of 32. Rows enter in the type that the way
-wants.
+torch's product of bf16 rows and int4 weights in groups of 32. w8a16: none. Rows enter in the type
+that the way wants.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class TorchOperands:
             return {"int4pack_mm": self._int4}
         if dtype is WeightDtype.FLOAT32:
             return {"linear": self._plain}
+        if dtype is WeightDtype.W8A16:
+            return {}
         return {"linear": self._plain_bf16, "linear, packed": self._onednn_bf16}
 
     def _plain(self, weight: Tensor) -> Callable[[], Product]:
@@ -155,8 +157,8 @@ class TorchOperands:
 
 def weight_bytes(part: WeightPart) -> int:
     """Bytes of a weight as torch packs it; int4 has a scale and a zero of 16 bits per group."""
-    bits = {WeightDtype.FLOAT32: 32, WeightDtype.BF16: 16, WeightDtype.INT8: 8, WeightDtype.INT4: 5}
-    return prod(part.shape) * bits[part.dtype] // 8
+    bits = {WeightDtype.FLOAT32: 32, WeightDtype.BF16: 16, WeightDtype.INT4: 5}
+    return prod(part.shape) * bits.get(part.dtype, 8) // 8
 
 
 def _aligned(size: int) -> int:

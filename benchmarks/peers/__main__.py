@@ -52,8 +52,8 @@ def all_peers() -> dict[str, Peer]:
 def machine_name(fingerprint: dict[str, Any]) -> str:
     """A file name for a machine: CPU, best instruction set, cores."""
     cpu = re.sub(r"[^a-z0-9]+", "-", str(fingerprint["cpu"]).lower()).strip("-")
-    isa = [flag for flag in fingerprint["isa"] if flag != "amx_int8"]
-    return f"{cpu}-{isa[-1].replace('_', '-') if isa else 'plain'}-{fingerprint['cores']}c"
+    isa = str(fingerprint["isa"][-1]).partition("_")[0] if fingerprint["isa"] else "plain"
+    return f"{cpu}-{isa}-{fingerprint['cores']}c"
 
 
 def load_rows(path: Path) -> list[Row]:

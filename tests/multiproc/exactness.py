@@ -14,13 +14,14 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import msgspec
 
 from tests import law1_harness as law1
 from tests.multiproc.cluster_harness import SUPERVISION, run_folder
+from tests.toys import write_toy
 from xdeepserve.config import EngineConfig, ModelConfig
 from xdeepserve.flowserve.build import build_dp_group
 from xdeepserve.flowserve.router import RouterEngine
@@ -39,8 +40,6 @@ from xdeepserve.launch.router_members import RouterMembers
 from xdeepserve.launch.service import ServiceConfig
 from xdeepserve.launch.worker.bodies import bodies_for
 from xdeepserve.messages import GenerateRequest
-from xdeepserve.models.files.checkpoint_writer import write_hf_folder
-from xdeepserve.models.files.safetensors_file import TensorPlan
 from xdeepserve.testing.toy_models import ToyCheckpoint
 from xdeepserve.transformerless.partition import partition
 from xdeepserve.xccl import list_segments
@@ -96,13 +95,9 @@ class Topology:
 
 def install_toy(home: Path, name: str, checkpoint: ToyCheckpoint) -> None:
     """Write a toy where the store of `home` finds it by name."""
-    plans = [
-        TensorPlan(tensor, shape, partial(checkpoint.tensor, tensor))
-        for tensor, shape in checkpoint.shapes.items()
-    ]
     folder = home / "models" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_hf_folder(folder, config=checkpoint.config, tensors=plans, files={})
+    write_toy(folder, checkpoint)
 
 
 # -- the load --------------------------------------------------------------------------------------

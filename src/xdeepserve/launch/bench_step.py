@@ -1,7 +1,8 @@
 """`xdeepserve bench step`: where each microsecond of a decode step goes.
 
 A fixed batch decodes greedily in the real engine. Counted are the stages of its steps and, within
-them, the native operators; what is left over is Python between them. The last line is JSON.
+them, the native operators; what is left over is Python between them. Beside it stands how fast a
+step reads what it has to read, and how fast this machine can. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from xdeepserve.launch.compose import add_model_arguments, load
 from xdeepserve.launch.flags import config_from_args
 from xdeepserve.launch.logs import setup_logging
 from xdeepserve.launch.offline import random_requests
+from xdeepserve.launch.step_bytes import read_bytes
 from xdeepserve.loadgen.report import json_line, machine_fingerprint
+from xdeepserve.models.decoder import Model
 from xdeepserve.ops.cpu import CpuOps
-from xdeepserve.ops.machine import measure_ceilings
+from xdeepserve.ops.machine import Ceilings, measure_ceilings
 from xdeepserve.transformerless.stage_times import StageTimes
 
 
@@ -30,6 +33,7 @@ class StepTimes:
 
     Attributes:
         step_us: the whole step.
+        read_bytes: see `step_bytes`.
         stages_us: by stage; what no stage covers is handing outputs over.
         operators_us: by native operator, its thread pool included.
         operator_calls: calls of each in a step.
@@ -38,6 +42,7 @@ class StepTimes:
     batch: int
     num_steps: int
     step_us: float
+    read_bytes: int
     stages_us: dict[str, float]
     operators_us: dict[str, float]
     operator_calls: dict[str, float]
@@ -46,6 +51,11 @@ class StepTimes:
     def outside_us(self) -> float:
         """Time outside operators."""
         return self.step_us - sum(self.operators_us.values())
+
+    @property
+    def read_gb_per_s(self) -> float:
+        """Of what has to be read; 1e9 bytes per second."""
+        return self.read_bytes / self.step_us / 1e3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,19 +86,29 @@ def run(args: argparse.Namespace) -> int:
         model=loaded.model, model_name=loaded.name, config=config, stage_times=times
     )
     results = [
-        measure(group, times, ops, batch=batch, input_len=args.input_len, num_steps=args.steps)
+        measure(
+            group, times, loaded.model, batch=batch, input_len=args.input_len, num_steps=args.steps
+        )
         for batch in args.batch
     ]
+    ceilings = measure_ceilings(ops.num_threads)
     for result in results:
-        _print_table(result)
+        _print_table(result, ceilings)
     document = {
         "benchmark": "step",
         "model": loaded.name,
         "dtype": group.info.dtype,
         "config": asdict(config_from_args(ModelConfig, args)),
         "input_len": args.input_len,
-        "results": [asdict(r) | {"outside_share": r.outside_us / r.step_us} for r in results],
-        "ceilings": asdict(measure_ceilings(ops.num_threads)),
+        "results": [
+            asdict(r)
+            | {
+                "outside_share": r.outside_us / r.step_us,
+                "share_of_read_ceiling": r.read_gb_per_s / ceilings.read_gb_per_s,
+            }
+            for r in results
+        ],
+        "ceilings": asdict(ceilings),
         "machine": machine_fingerprint(),
     }
     print(json_line(document))
@@ -98,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 def measure(
     group: DPGroup,
     times: StageTimes,
-    ops: CpuOps,
+    model: Model,
     *,
     batch: int,
     input_len: int,
@@ -109,7 +129,7 @@ def measure(
     Args:
         group: not started.
         times: the group's stages.
-        ops: of the group's model.
+        model: of the group, on the cpu backend.
         batch: requests; at most what the group runs at once.
         input_len: prompt tokens of each.
         num_steps: steps that count.
@@ -126,7 +146,8 @@ def measure(
     while len(group.step()) < batch:
         pass
     group.step()
-    result = _decode(group, times, ops, batch, num_steps)
+    read = read_bytes(model, batch=batch, context=input_len + num_steps // 2)
+    result = _decode(group, times, model, batch, num_steps, read)
     for request in requests:
         group.abort(request.request_id)
     group.step()
@@ -134,9 +155,11 @@ def measure(
 
 
 def _decode(
-    group: DPGroup, times: StageTimes, ops: CpuOps, batch: int, num_steps: int
+    group: DPGroup, times: StageTimes, model: Model, batch: int, num_steps: int, read: int
 ) -> StepTimes:
     """Times of `num_steps` steps of requests that all decode."""
+    ops = model.ops
+    assert isinstance(ops, CpuOps), "checked by run"
     before = ops.native.op_times()
     before_s = times.seconds()
     begun_s = SYSTEM_CLOCK.monotonic()
@@ -156,13 +179,14 @@ def _decode(
         batch=batch,
         num_steps=num_steps,
         step_us=step_us,
+        read_bytes=read,
         stages_us=stages,
         operators_us={name: nanos / 1e3 / num_steps for name, (_, nanos) in made.items()},
         operator_calls={name: calls / num_steps for name, (calls, _) in made.items()},
     )
 
 
-def _print_table(result: StepTimes) -> None:
+def _print_table(result: StepTimes, ceilings: Ceilings) -> None:
     """Stages in order, then operators by time."""
     print(f"batch {result.batch}: {result.step_us:.0f} us a step, mean of {result.num_steps}")
     for stage, micros in result.stages_us.items():
@@ -173,4 +197,10 @@ def _print_table(result: StepTimes) -> None:
             f"{result.operator_calls[name]:>7.0f} calls"
         )
     share = result.outside_us / result.step_us
-    print(f"  outside operators         {result.outside_us:>11.1f} us{share:>8.1%}", flush=True)
+    print(f"  outside operators         {result.outside_us:>11.1f} us{share:>8.1%}")
+    of_ceiling = result.read_gb_per_s / ceilings.read_gb_per_s
+    print(
+        f"  read {result.read_bytes / 1e6:.1f} MB a step: {result.read_gb_per_s:.1f} GB/s, "
+        f"{of_ceiling:.0%} of the {ceilings.read_gb_per_s:.1f} GB/s of this machine",
+        flush=True,
+    )

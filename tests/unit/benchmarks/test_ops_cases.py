@@ -22,6 +22,7 @@ from benchmarks.peers.models import DENSE, MODELS, UPCYCLED
 
 from xdeepserve import store
 from xdeepserve.models.families import parse_spec
+from xdeepserve.models.kv_cache import KVDtype
 from xdeepserve.ops import Ops, WeightDtype
 from xdeepserve.ops.cpu import CpuOps
 
@@ -68,7 +69,7 @@ def test_products_are_measured_at_every_size_in_every_precision() -> None:
     expected = {
         (name, dtype, count)
         for name in ("qkv", "output")
-        for dtype in ("bf16", "int8", "int4")
+        for dtype in ("bf16", "w8a16", "int8", "int4")
         for count in tokens
     }
     assert found == expected | {("router", "float32", count) for count in tokens}
@@ -76,11 +77,12 @@ def test_products_are_measured_at_every_size_in_every_precision() -> None:
 
 def test_attention_decodes_and_prefills_at_short_and_long_contexts() -> None:
     found = {
-        (case.tokens, case.context)
+        (case.dtype, case.tokens, case.context)
         for case in paged_attention(spec_of("qwen3-moe-random"), Sizes())
     }
-    decode = {(count, context) for count in (1, 8, 32, 64) for context in (256, 4096)}
-    assert found == decode | {(512, 512), (512, 4096)}
+    steps = [(count, context) for count in (1, 8, 32, 64) for context in (256, 4096)]
+    steps += [(512, 512), (512, 4096)]
+    assert found == {(dtype, *step) for dtype in ("bf16", "int8") for step in steps}
 
 
 @pytest.mark.weights
@@ -103,13 +105,17 @@ def test_copies_of_weights_fill_the_footprint_and_share_nothing(operands: Operan
     np.testing.assert_array_equal(first, last)
 
 
-def test_batches_fill_the_footprint_and_share_no_block(operands: Operands) -> None:
+@pytest.mark.parametrize("kv_dtype", [KVDtype.BF16, KVDtype.INT8])
+def test_batches_fill_the_footprint_and_share_no_block(
+    operands: Operands, kv_dtype: KVDtype
+) -> None:
     spec = toy_spec_of(DENSE).attention
-    kv, batches = operands.contexts(spec, StepShape(3, 2, 33))
+    kv, batches = operands.contexts(spec, StepShape(3, 2, 33), kv_dtype)
+    assert (kv.scales is not None) == (kv_dtype is KVDtype.INT8)
     blocks = np.concatenate([batch.block_tables.ravel() for batch in batches])
     assert np.unique(blocks).size == blocks.size == kv.k.shape[0]
     assert kv.v is not None
-    assert kv.k.nbytes + kv.v.nbytes >= FOOTPRINT
+    assert kv.k.nbytes + kv.v.nbytes + (0 if kv.scales is None else kv.scales.nbytes) >= FOOTPRINT
     assert batches[0].positions.tolist() == [31, 32] * 3
     slots = batches[0].slot_mapping.reshape(3, 2)
     assert (slots // 16 == batches[0].block_tables[:, [1, 2]]).all()

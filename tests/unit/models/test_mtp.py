@@ -14,10 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.toys import toy_model
+from tests.toys import toy_model, write_toy
 from xdeepserve.models.batch import ForwardBatch
-from xdeepserve.models.files.checkpoint_writer import write_hf_folder
-from xdeepserve.models.files.safetensors_file import TensorPlan
 from xdeepserve.models.loader import load_model
 from xdeepserve.models.mtp import MtpUnit
 from xdeepserve.models.rope import rope_table
@@ -168,14 +166,6 @@ def test_the_main_model_is_what_it_is_without_the_layer() -> None:
     plain, with_mtp = toy_model("deepseek_v3").spec, toy_model(TOY).spec
     assert (plain.has_mtp, with_mtp.has_mtp) == (False, True)
     assert plain.num_layers == with_mtp.num_layers == LAYER
-
-
-def write_toy(folder: Path, checkpoint: ToyCheckpoint) -> None:
-    plans = [
-        TensorPlan(name, shape, partial(checkpoint.tensor, name))
-        for name, shape in checkpoint.shapes.items()
-    ]
-    write_hf_folder(folder, config=checkpoint.config, tensors=plans, files={})
 
 
 def test_the_layer_is_packed_and_mapped_if_the_checkpoint_carries_it(

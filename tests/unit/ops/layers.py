@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.unit.ops.cases import Paged, make_paged, normal, rope_table
 from xdeepserve.ops import (
+    Array,
     AttentionLayer,
     DecoderLayer,
     GateSpec,
@@ -112,12 +113,17 @@ def paged_for(layer: AttentionLayer, rng: np.random.Generator, dtype: type = np.
 
 def copy_of(kv: KVLayer) -> KVLayer:
     """Another cache with the same contents."""
-    return dataclasses.replace(kv, k=kv.k.copy(), v=None if kv.v is None else kv.v.copy())
+    return dataclasses.replace(kv, k=kv.k.copy(), v=_copy(kv.v), scales=_copy(kv.scales))
+
+
+def _copy(array: Array | None) -> Array | None:
+    return None if array is None else array.copy()
 
 
 def assert_same(got: KVLayer, want: KVLayer) -> None:
     """Bit for bit."""
     np.testing.assert_array_equal(got.k, want.k)
-    assert (got.v is None) == (want.v is None)
-    if got.v is not None:
-        np.testing.assert_array_equal(got.v, want.v)
+    for mine, theirs in ((got.v, want.v), (got.scales, want.scales)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            np.testing.assert_array_equal(mine, theirs)

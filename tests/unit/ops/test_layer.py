@@ -82,9 +82,11 @@ def test_every_slot_finds_its_own_token_and_expert() -> None:
 MAKERS = [make_gqa, make_mla]
 
 
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    ("make", "kv_dtype"),
+    [(make, dtype) for make in MAKERS for dtype in (np.float32, np.uint16)] + [(make_gqa, np.int8)],
+)
 @pytest.mark.parametrize("dtype", list(WeightDtype))
-@pytest.mark.parametrize("kv_dtype", [np.float32, np.uint16])
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_layer_equals_its_operators(

@@ -79,9 +79,11 @@ class Inputs:
         return composed.decoder_layers(ops, stack, self.hidden, self.batch, caches), caches
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "kv_dtype"),
+    [(kind, dtype) for kind in KINDS for dtype in (np.float32, np.uint16)] + [("gqa", np.int8)],
+)
 @pytest.mark.parametrize("dtype", list(WeightDtype))
-@pytest.mark.parametrize("kv_dtype", [np.float32, np.uint16])
 def test_a_stack_equals_its_operators(
     cpu: CpuOps, rng: np.random.Generator, kind: str, dtype: WeightDtype, kv_dtype: type
 ) -> None:
