@@ -130,7 +130,6 @@ std::vector<Item> cut(const Batch& batch, const Shape& shape) {
       }
     }
   }
-  std::reverse(items.begin(), items.end());  // late tokens see most: start with them
   return items;
 }
 
@@ -219,7 +218,8 @@ void attend_all(Context& ctx, const Batch& batch, const Cache& kv, const Shape& 
     if (item.parts != kNoParts) task.parts = parts + item.parts;
     return task;
   };
-  ctx.pool.for_each(static_cast<int64_t>(spans.size()), [&](int64_t index, int thread) {
+  // Late tokens see most; a thread that is done with early ones takes the last ones of others.
+  ctx.pool.for_each_in_shares(static_cast<int64_t>(spans.size()), [&](int64_t index, int thread) {
     const Span& span = spans[static_cast<size_t>(index)];
     const Item& item = items[static_cast<size_t>(span.item)];
     Rows rows;
@@ -273,7 +273,7 @@ void rope_kv_write(Context& ctx, const float* qkv, Rope rope, const Batch& batch
   };
   // Neighbours share cache lines of keys, so one thread writes several.
   const int64_t chunk = std::clamp<int64_t>(batch.tokens / (4 * ctx.pool.size()), 1, 16);
-  ctx.pool.for_each((batch.tokens + chunk - 1) / chunk, [&](int64_t index, int thread) {
+  ctx.pool.for_each_in_shares((batch.tokens + chunk - 1) / chunk, [&](int64_t index, int thread) {
     float* key = ctx.thread_scratch[static_cast<size_t>(thread)].get<float>(2 * dim);
     const int64_t stop = std::min(batch.tokens, (index + 1) * chunk);
     for (int64_t t = index * chunk; t < stop; ++t) write_token(t, key);

@@ -9,9 +9,10 @@ namespace xds {
 namespace {
 
 constexpr int64_t kReadAhead = 256 << 10;  // bytes for each thread, within the second cache
-constexpr int64_t kBlockBytes = 5 << 18;   // of rows or panels that stay in that cache
+constexpr int64_t kBlockBytes = 1 << 20;   // of rows that stay in that cache
+constexpr int64_t kBlockRows = 128;        // of a block at least: it is worth reading the weight
 constexpr int64_t kGatedRows = 64;         // of a task whose products stay in the first cache
-constexpr int64_t kGatedBytes = 1 << 20;   // of gate and up products that are worth it
+constexpr int64_t kGatedBytes = 1 << 18;   // of gate and up products that are worth it
 
 // Rows as panel_gemm reads them.
 struct Activations {
@@ -114,8 +115,8 @@ PanelTask panel_task(const Product& p, const Weight& w, int64_t panel, int64_t f
 }
 
 // The work items of some products with one weight: (product, block of rows, panel, rows of the
-// block). A block of rows stays in the cache while one panel after the other is read. If the panels
-// themselves stay there, a block is as small as can be, so that threads share no rows.
+// block). A block of rows stays in the cache while one panel after the other is read. There is one
+// per thread, if there are rows enough: a thread then has the same rows in every operator.
 class Items {
  public:
   struct Place {
@@ -125,10 +126,9 @@ class Items {
     int64_t rows;
   };
 
-  // Each item is at most `chunk` rows of one of `panels` panels; of w, or pairs of them.
-  Items(const std::vector<Product>& products, const Weight& w, int64_t panels, int64_t chunk)
-      : products_(products), panels_(panels), chunk_(chunk),
-        block_bytes_(w.panels() * w.panel_bytes() > kBlockBytes ? kBlockBytes : 0) {
+  // Each item is at most `chunk` rows of one of `panels` panels, for `threads` threads.
+  Items(const std::vector<Product>& products, int64_t panels, int64_t chunk, int threads)
+      : products_(products), panels_(panels), chunk_(chunk), threads_(threads) {
     for (const Product& p : products) first_.push_back(first_.back() + chunks(p) * panels);
   }
 
@@ -138,7 +138,7 @@ class Items {
     const auto after = std::upper_bound(first_.begin(), first_.end(), item);
     const size_t index = static_cast<size_t>(after - first_.begin()) - 1;
     const Product& p = products_[index];
-    const int64_t most = std::max<int64_t>(1, block_bytes_ / (chunk_ * p.a_stride));
+    const int64_t most = chunks_of_block(p);
     const int64_t local = item - first_[index];
     const int64_t block = local / (most * panels_);
     const int64_t in_block = local - block * most * panels_;
@@ -150,10 +150,16 @@ class Items {
  private:
   int64_t chunks(const Product& p) const { return (p.rows + chunk_ - 1) / chunk_; }
 
+  int64_t chunks_of_block(const Product& p) const {
+    const int64_t wanted = std::max(kBlockRows, (p.rows + threads_ - 1) / threads_);
+    const int64_t rows = std::min(wanted, kBlockBytes / p.a_stride);
+    return std::max<int64_t>(1, (rows + chunk_ - 1) / chunk_);
+  }
+
   const std::vector<Product>& products_;
   const int64_t panels_;
   const int64_t chunk_;
-  const int64_t block_bytes_;
+  const int threads_;
   std::vector<int64_t> first_{0};  // item of each product
 };
 
@@ -214,7 +220,7 @@ void share_out(Context& ctx, const Items& items, const Weight& w, Compute&& comp
 void multiply(Context& ctx, const std::vector<Product>& products, const Weight& w,
               const float* bias = nullptr, const PanelSink* sink = nullptr) {
   const auto panel_gemm = ctx.kernels.panel_gemm[static_cast<int>(w.dtype)];
-  const Items items(products, w, w.panels(), kRowChunk);
+  const Items items(products, w.panels(), kRowChunk, ctx.pool.size());
   share_out(ctx, items, w, [&](const Items::Place& at, const uint8_t* next, int thread) {
     PanelTask task = panel_task(at.product, w, at.panel, at.first_row, at.rows, bias);
     task.next = next;
@@ -228,7 +234,7 @@ void multiply_gated(Context& ctx, const std::vector<Product>& products, const We
   const auto panel_gemm = ctx.kernels.panel_gemm[static_cast<int>(w.dtype)];
   const int64_t panels = w.panels() / 2;
   for (Scratch& scratch : ctx.thread_scratch) scratch.get<float>(kGatedRows * 2 * kPanel);
-  const Items items(products, w, panels, kGatedRows);
+  const Items items(products, panels, kGatedRows, ctx.pool.size());
   share_out(ctx, items, w, [&](const Items::Place& at, const uint8_t* next, int thread) {
     const Product& p = at.product;
     Scratch& scratch = ctx.thread_scratch[static_cast<size_t>(thread)];

@@ -20,6 +20,7 @@ namespace {
 #include "kernels_table.inl"
 
 #include "kernels_amx.inl"
+#include "kernels_amx_softmax.inl"
 #include "kernels_amx_few.inl"
 #include "kernels_amx_attend.inl"
 

@@ -78,7 +78,7 @@ struct AttendTask {
 };
 
 inline constexpr int64_t kRowSlack = 31;    // rows of activations that a GEMM may read past its own
-inline constexpr int64_t kRowChunk = 192;   // most rows of a PanelTask; the panel stays in cache
+inline constexpr int64_t kRowChunk = 128;   // most rows of a PanelTask; the panel stays in cache
 inline constexpr int64_t kPartition = 256;      // positions of one attention partition
 inline constexpr int64_t kKeyTile = 64;         // positions whose scores are computed together
 inline constexpr int64_t kMaxAttendRows = 256;  // query rows of one task

@@ -294,53 +294,18 @@ inline void score_latents(const AttendTask& t, const TileScratch& s,
   }
 }
 
-// What softmax sees of 16 scores that begin at position `at` of a partition.
-inline F16 scaled_scores(const float* scores, const NoScales&, int64_t, float scale) {
-  return mul(load(scores), set1(scale));
-}
-inline F16 scaled_scores(const float* scores, const PartScales& scales, int64_t at, float scale) {
-  return mul(mul(load(scores), load(scales.keys + at)), set1(scale));
-}
-inline F16 scaled_weights(const F16& weights, const NoScales&, int64_t) { return weights; }
-inline F16 scaled_weights(const F16& weights, const PartScales& scales, int64_t at) {
-  return mul(weights, load(scales.values + at));
-}
-
-// Scores -> bf16 weights exp(score * scale - max) of the first `count` positions, zero up to `end`.
-// The bits are those of PartScales::softmax and rounding.
+// Scores -> bf16 weights of the first `count` positions, zero up to `end`.
 template <class PartScales>
 inline PartSoftmax weigh_scores(const TileScratch& s, const PartScales& scales, int64_t row,
                                 int64_t count, int64_t end, float scale) {
-  const float* scores = s.scores + row * kPartition;
-  const int64_t whole = count / 16 * 16;
-  const __mmask16 rest = lane_mask(count - whole);
-  auto last = [&] {
-    const F16 scaled = scaled_scores(scores + whole, scales, whole, scale);
-    return F16{_mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), rest, scaled.v)};
-  };
-  F16 largest = set1(-INFINITY);
-  for (int64_t i = 0; i < whole; i += 16) {
-    largest = max(largest, scaled_scores(scores + i, scales, i, scale));
-  }
-  if (rest != 0) largest = max(largest, last());
-  const float top = reduce_max(largest);
   auto* weights = reinterpret_cast<__m256i*>(s.weights(row));
-  F16 sum = set1(0.0f);
-  auto weigh = [&](const F16& scaled, int64_t i, __mmask16 lanes) {
-    const F16 weight = exp16(sub(scaled, set1(top)));
-    sum = add(sum, weight);
-    const __m512 product = scaled_weights(weight, scales, i).v;
-    const auto rounded = _mm512_maskz_cvtneps_pbh(lanes, product);
-    _mm256_store_si256(weights++, reinterpret_cast<__m256i>(rounded));
-  };
-  for (int64_t i = 0; i < whole; i += 16) {
-    weigh(scaled_scores(scores + i, scales, i, scale), i, 0xFFFF);
+  const PartSoftmax softmax =
+      round_softmax(s.scores + row * kPartition, scales, count, scale,
+                    [&](int64_t i, __m256i bits) { _mm256_store_si256(weights + i / 16, bits); });
+  for (int64_t i = (count + 15) / 16; 16 * i < end; ++i) {
+    _mm256_store_si256(weights + i, _mm256_setzero_si256());
   }
-  if (rest != 0) weigh(last(), whole, rest);
-  for (int64_t i = whole + (rest != 0 ? 16 : 0); i < end; i += 16) {
-    _mm256_store_si256(weights++, _mm256_setzero_si256());
-  }
-  return {top, reduce_add(sum)};
+  return softmax;
 }
 
 // A panel of columns [column, column + 32) of the first `count` values, zero beyond; false when

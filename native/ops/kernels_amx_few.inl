@@ -10,11 +10,15 @@ inline bool is_for_few(const AttendTask& t) {
   return t.rows <= kMostFew && t.values != nullptr && t.block_size % 16 == 0;
 }
 
+inline F16 float_of_bf16(__m256i bits) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+
 // Rounds the first `count` entries, up to the next 16, to bf16.
 inline void round_row(float* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     const auto bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load(row + i).v));
-    store(row + i, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))});
+    store(row + i, float_of_bf16(bits));
   }
 }
 
@@ -177,10 +181,12 @@ inline void attend_few_token(const AttendTask& t, const AttendScratch& s, const 
   for (int64_t r = 0; r < rows; ++r) {
     float* part = parts + (row + r) * s.pitch;
     std::memset(part, 0, static_cast<size_t>(s.value_pad) * sizeof(float));
-    const PartSoftmax softmax = scales.softmax(scores + r * kPartition, count, t.scale);
+    float* row_scores = scores + r * kPartition;  // become weights
+    const PartSoftmax softmax =
+        round_softmax(row_scores, scales, count, t.scale,
+                      [&](int64_t i, __m256i bits) { store(row_scores + i, float_of_bf16(bits)); });
     part[s.value_pad] = softmax.max;
     part[s.value_pad + 1] = softmax.sum;
-    round_row(scores + r * kPartition, count);
   }
   for_row_tiles<kFewTile>(rows, [&](auto size, int64_t r) {
     weigh_few<E, decltype(size)::value>(t, places, weights + r, count,
