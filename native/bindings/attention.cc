@@ -98,6 +98,7 @@ void py_paged_attention(Context& ctx, Floats3 q, const BatchView& batch, const C
   check(size(out, 0) == size(q, 0) && size(out, 1) == heads && size(out, 2) == cache.dim,
         "out must be shaped like q");
   Turn turn(ctx);
+  check_scale(scale);
   paged_attention(ctx, q.data(), batch.batch, cache, heads, scale, out.data());
 }
 
@@ -113,6 +114,7 @@ void py_mla_attention(Context& ctx, Floats3 q_latent, Floats3 q_rope, const Batc
   check(size(out, 0) == tokens && size(out, 1) == heads && size(out, 2) == rank,
         "out must be shaped like q_latent");
   Turn turn(ctx);
+  check_scale(scale);
   mla_attention(ctx, q_latent.data(), rank, q_rope.data(), batch.batch, kv.cache, heads, scale,
                 out.data());
 }

@@ -75,6 +75,7 @@ LayerView make_gqa(const FrameView& frame, const WeightView& qkv, std::optional<
                 kept.vector(k_norm, dim, "length of the k norm"), norm_eps};
   layer.rope = rope_of(rope);
   layer.num_heads = num_heads;
+  check_scale(scale);
   layer.scale = scale;
   return {frame, std::move(kept), std::move(rope), layer};
 }
@@ -120,6 +121,7 @@ LayerView make_mla(const FrameView& frame, const WeightView& latents,
   layer.latent_norm = kept.vector(latent_norm, layer.rank(), "length of the latent norm");
   layer.norm_eps = norm_eps;
   layer.output_bias = kept.vector(output_bias, frame.width, "length of the output bias");
+  check_scale(scale);
   layer.scale = scale;
   return {frame, std::move(kept), std::move(rope), layer};
 }

@@ -69,6 +69,12 @@ void check_rope(const Floats2& rope, int64_t dim);
 // A cache of keys and values, or one of latents.
 void check_kind(const Cache& cache, bool latents);
 
+// Of attention scores: kernels look for the largest before they multiply.
+inline void check_scale(float scale) {
+  if (scale > 0.0f && scale < __builtin_inff()) return;
+  fail("scale is " + std::to_string(scale) + "; it must be positive and finite");
+}
+
 inline void check_rows(const Array<float, 2>& array, int64_t rows, int64_t width,
                        const char* what) {
   if (size(array, 0) == rows && size(array, 1) == width) return;

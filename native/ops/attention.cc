@@ -7,7 +7,6 @@
 namespace xds {
 namespace {
 
-constexpr int64_t kTaskRows = 64;  // query rows wanted per task: enough to reuse what is read
 constexpr int64_t kItemsPerThread = 8;  // fewer are cut along the context
 constexpr int64_t kMaxPartFloats = int64_t{1} << 23;  // memory for parts of contexts, 32 MiB
 constexpr int64_t kNoParts = -1;
@@ -114,10 +113,10 @@ void write_key(const Kernels& kernels, const Cache& kv, int64_t slot, int64_t he
 // A group of query heads larger than this is cut: query rows do not depend on each other.
 int64_t heads_per_item(int64_t group) { return std::min<int64_t>(group, kMaxAttendRows); }
 
-std::vector<Item> cut(const Batch& batch, const Shape& shape) {
+std::vector<Item> cut(const Batch& batch, const Shape& shape, int64_t rows_wanted) {
   std::vector<Item> items;
   const int64_t group = shape.group(), heads = heads_per_item(group);
-  const int64_t tile = std::max<int64_t>(1, kTaskRows / heads);
+  const int64_t tile = std::max<int64_t>(1, rows_wanted / heads);
   for (int64_t b = 0; b < batch.sequences; ++b) {
     const int64_t stop = batch.query_start[b + 1];
     for (int64_t t = batch.query_start[b]; t < stop; t += tile) {
@@ -200,7 +199,7 @@ AttendTask make_task(const Batch& batch, const Cache& kv, const Shape& shape, co
 template <class Query>
 void attend_all(Context& ctx, const Batch& batch, const Cache& kv, const Shape& shape, float scale,
                 Query&& query, float* out) {
-  std::vector<Item> items = cut(batch, shape);
+  std::vector<Item> items = cut(batch, shape, ctx.kernels.attend_rows);
   int64_t part_count = 0;
   const std::vector<Span> spans =
       share_out(items, ctx.pool.size(), part_floats(shape.value_dim), part_count);

@@ -30,6 +30,7 @@ constexpr Kernels make_amx_table() {
   table.panel_gemm[1] = bf16_gemm;
   table.panel_gemm[2] = int8_gemm;
   table.panel_gemm[4] = w8a16_gemm;
+  table.attend_rows = 128;  // tiles pair keys and values anew for each task
   table.attend = attend_tiles;
   return table;
 }

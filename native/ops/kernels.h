@@ -127,6 +127,7 @@ struct Kernels {
   void (*to_bf16_row)(const float* x, int64_t n, uint16_t* out);
   void (*from_bf16_row)(const uint16_t* x, int64_t n, float* out);
 
+  int64_t attend_rows;  // query rows wanted per task: enough to reuse what is read
   void (*attend)(const AttendTask& task);
   // Merge the parts that tasks over all partitions left behind, and write the result.
   void (*merge_parts)(const AttendTask& task);

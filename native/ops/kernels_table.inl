@@ -32,6 +32,7 @@ constexpr Kernels make_table(const char* name) {
   table.rope_row = rope_row;
   table.to_bf16_row = to_bf16_row;
   table.from_bf16_row = from_bf16_row;
+  table.attend_rows = 64;
   table.attend = attend;
   table.merge_parts = merge_parts;
   table.softmax_row = softmax_row;

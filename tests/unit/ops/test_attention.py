@@ -275,6 +275,15 @@ def test_nothing_outside_the_cache_can_be_named(cpu: CpuOps, rng: np.random.Gene
         attend(query_start=np.array([1, 2], np.int32))
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_scale_that_is_not_positive_is_refused(
+    cpu: CpuOps, rng: np.random.Generator, scale: float
+) -> None:
+    paged = make_paged(rng, [(1, 3)], heads=1, dim=8)
+    with pytest.raises(ValueError, match="positive and finite"):
+        cpu.paged_attention(normal(rng, 1, 1, 8), paged.batch, paged.kv, scale=scale)
+
+
 def test_bad_slots_and_positions_are_refused(cpu: CpuOps, rng: np.random.Generator) -> None:
     paged = make_paged(rng, [(2, 20)], heads=1, dim=8)
     qkv, table = normal(rng, 2, 4 * 8), rope_table(rng, 30, 8)
