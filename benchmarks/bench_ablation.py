@@ -96,11 +96,11 @@ class Result:
     """Of one step: a rate and a mean TPOT per repeat.
 
     Attributes:
-        batch: requests at a time; 0 = even one alone misses the SLO.
+        batch: requests at a time.
     """
 
     step: Step
-    batch: int = 0
+    batch: int = 1
     tokens_per_s: list[float] = field(default_factory=list)
     tpot_ms: list[float] = field(default_factory=list)
 
@@ -119,7 +119,7 @@ def run_once(group: DPGroup, batch: int, args: argparse.Namespace, salt: str) ->
 
 
 def find_batch(measure: Callable[[int], Run], slo_ms: float, most: int) -> int:
-    """The batch of the ladder with the highest rate within the SLO; 0 = there is none."""
+    """The batch of the ladder with the highest rate within the SLO; 1 if there is none."""
     rates = {}
     for batch in (size for size in LADDER if size <= most):
         run = measure(batch)
@@ -127,7 +127,7 @@ def find_batch(measure: Callable[[int], Run], slo_ms: float, most: int) -> int:
             rates[batch] = run.tokens_per_s
             if len(rates) == 2:  # smaller ones are slower still
                 break
-    return max(rates, key=lambda batch: rates[batch], default=0)
+    return max(rates, key=lambda batch: rates[batch], default=1)
 
 
 def measure_all(found: list[Step], folder: Path, args: argparse.Namespace) -> list[Result]:
@@ -144,7 +144,7 @@ def measure_all(found: list[Step], folder: Path, args: argparse.Namespace) -> li
         print(f"{result.step.adds}: {result.batch} at a time", flush=True)
     for repeat in range(args.repeats):
         for result, group in zip(results, groups, strict=True):
-            result.add(run_once(group, max(1, result.batch), args, str(repeat)))
+            result.add(run_once(group, result.batch, args, str(repeat)))
     return results
 
 
@@ -171,15 +171,15 @@ def _ratio(rates: list[float], base: list[float]) -> float:
     return median(rate / other for rate, other in zip(rates, base, strict=True))
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[dict[str, Any]], slo_ms: float) -> None:
     """Markdown."""
     print("\n| step | batch | output tok/s | TPOT ms | x before | x plain |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
-        print(
-            f"| {row['adds']} | {row['batch'] or '1 (misses the SLO)'} | {row['tokens_per_s']:.1f} "
-            f"| {row['tpot_ms']:.1f} | {row['ratio_to_step_before']:.2f} | {row['ratio']:.1f} |"
-        )
+        missed = ", above the SLO" if row["tpot_ms"] > slo_ms else ""
+        values = [row["adds"], str(row["batch"]), f"{row['tokens_per_s']:.1f}"]
+        values += [f"{row['tpot_ms']:.1f}{missed}", f"{row['ratio_to_step_before']:.2f}"]
+        print("| " + " | ".join([*values, f"{row['ratio']:.1f}"]) + " |")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> bool:
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     ceilings = measure_ceilings(args.threads)
     found = steps(_native.available_isas(), ceilings.threads)
     rows = table(measure_all(found, store.resolve(args.model), args))
-    print_table(rows)
+    print_table(rows, args.slo_ms)
     if args.plot and not plot(rows, args.plot):
         print(f"no plot: pip install matplotlib to write {args.plot}")
     document = {
