@@ -1,7 +1,7 @@
 """The cases of fused operators: the attention side of a layer, and a whole layer as a stack of one.
 
-Weights are bf16 as in every precision but float32; those of FFN and experts have the precision of
-the case.
+Attention's weights are bf16 here, also where they are served as w8a16, whose products `linear`
+measures; those of FFN and experts have the precision of the case.
 """
 
 from __future__ import annotations

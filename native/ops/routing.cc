@@ -98,7 +98,7 @@ void gate_topk(Context& ctx, const float* logits, int64_t tokens, const Gate& ga
 void combine_topk(Context& ctx, const float* rows, int64_t width, const int32_t* row_of_slot,
                   const float* weights, int64_t tokens, int64_t top_k, float* out) {
   const Timed timed(ctx.times, Op::kCombine);
-  ctx.pool.for_each(tokens, [&](int64_t t, int) {
+  ctx.pool.for_each_in_shares(tokens, [&](int64_t t, int) {
     float* sum = out + t * width;
     std::fill_n(sum, width, 0.0f);
     for (int64_t slot = t * top_k; slot < (t + 1) * top_k; ++slot) {

@@ -1,7 +1,7 @@
 """How a worker talks to the benchmark: one JSON object a line, orders on stdin, answers on stdout.
 
 Standard library alone, because every worker runs in its engine's environment. What an engine
-prints, even as it is imported, goes to stderr: import this module first.
+prints goes to stderr from when this module is imported, so import it before one that prints then.
 """
 
 from __future__ import annotations
