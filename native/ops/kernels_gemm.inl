@@ -89,10 +89,12 @@ inline void accumulate(typename Product::Acc (&acc)[R][V], const uint8_t* a, ptr
                        const uint8_t* b, ptrdiff_t b_stride, int64_t steps, Fetch& fetch) {
   const uint8_t* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = a + r * a_stride;
+  Fetch ahead = fetch;  // in registers, as `acc` is then, too
   for (int64_t i = 0; i < steps; ++i, b += b_stride) {
-    fetch.step();
+    ahead.step();
     Product::step(acc, rows, i, b);
   }
+  fetch = ahead;
 }
 
 template <int N>
