@@ -39,7 +39,7 @@ double read_bandwidth(Context& ctx, int64_t bytes, int repeats) {
 }
 
 double gemm_peak(Context& ctx, DType dtype, int repeats) {
-  constexpr int64_t kRows = 96, kCalls = 800;  // whole tiles of every instruction set
+  constexpr int64_t kRows = 96, kCalls = 200;  // whole tiles of every instruction set
   static_assert(kRows <= kRowChunk);
   const int64_t steps = dtype == DType::kInt4 ? 32 : 256;
   const int64_t row_bytes = steps * step_width(dtype) * 4;

@@ -19,9 +19,10 @@ namespace {
 
 #include "kernels_table.inl"
 
+#include "kernels_bf16_softmax.inl"
+#include "kernels_bf16_attend.inl"
+#include "kernels_bf16_few.inl"
 #include "kernels_amx.inl"
-#include "kernels_amx_softmax.inl"
-#include "kernels_amx_few.inl"
 #include "kernels_amx_attend.inl"
 
 constexpr Kernels make_amx_table() {

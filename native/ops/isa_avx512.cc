@@ -1,4 +1,5 @@
-// Kernels for avx512; compiled with the flags of that instruction set.
+// Kernels for avx512, with attention over bf16 and int8 caches of its own; compiled with the flags
+// of that instruction set.
 #include <immintrin.h>
 
 #include <math.h>
@@ -17,10 +18,22 @@ namespace {
 #include "simd_avx512.h"
 
 #include "kernels_table.inl"
+
+#include "kernels_bf16_softmax.inl"
+#include "kernels_bf16_attend.inl"
+#include "kernels_bf16_few.inl"
+#include "kernels_avx512_attend.inl"
+
+constexpr Kernels make_avx512_table() {
+  Kernels table = make_table("avx512");
+  table.attend_rows = 128;  // keys and values are paired anew for each task
+  table.attend = attend_bf16;
+  return table;
+}
 }  // namespace
 
 const Kernels& avx512_kernels() {
-  static constexpr Kernels table = make_table("avx512");
+  static constexpr Kernels table = make_avx512_table();
   return table;
 }
 

@@ -26,14 +26,19 @@ KV_DTYPES = [*DTYPES, np.int8]
 LENGTHS = [(1, 1), (3, 20), (1, 64), (1, 65), (40, 40), (0, 9), (17, 150), (1, 300), (5, 600)]
 
 
+def _multiplies_bf16(cpu: CpuOps, dtype: type) -> bool:
+    """Whether queries and softmax weights are rounded to bf16."""
+    return cpu.isa in ("avx512", "amx") and dtype is not np.float32
+
+
 def _as_read(cpu: CpuOps, q: F32, dtype: type) -> F32:
-    """Tile registers take queries as bf16."""
-    return from_bf16(to_bf16(q)) if cpu.isa == "amx" and dtype is not np.float32 else q
+    """Queries as they are multiplied."""
+    return from_bf16(to_bf16(q)) if _multiplies_bf16(cpu, dtype) else q
 
 
 def _assert_close(cpu: CpuOps, dtype: type, got: F32, want: F32) -> None:
-    """To float32 rounding; on tile registers, of bf16 weights: 2^-8 of values below 4."""
-    is_rounded = cpu.isa == "amx" and dtype is not np.float32
+    """To float32 rounding; that of bf16 weights is 2^-8 of values below 4."""
+    is_rounded = _multiplies_bf16(cpu, dtype)
     np.testing.assert_allclose(got, want, rtol=2e-5, atol=4 / 256 if is_rounded else 2e-6)
     if is_rounded:  # errors of many weights cancel
         assert float(np.sqrt(np.mean((got - want) ** 2))) < 1.5e-3
