@@ -147,8 +147,8 @@ def test_ratio_is_against_the_best_variant_of_the_class() -> None:
 
 
 def test_a_peer_far_behind_is_not_measured_further() -> None:
-    best, slow = row("a", "x", 10.0, 10.0), row("b", "x", 4.0, 4.0)
-    ours, new, hopeless = row(OURS, "bf16", 1.0), row("c", "x", 4.0), row("d", "x", 3.0)
+    best, slow = row("a", "x", 10.0, 10.0), row("b", "x", 7.0, 7.0)
+    ours, new, hopeless = row(OURS, "bf16", 1.0), row("c", "x", 6.0), row("d", "x", 4.0)
     rows = [best, slow, ours, new, hopeless]
     assert [is_far_behind(each, rows) for each in rows] == [False, True, False, False, True]
     slow.runs = [run | {"prefill tok/s": 9.0} for run in slow.runs]  # the best of all at something
