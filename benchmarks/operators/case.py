@@ -40,6 +40,7 @@ class Sizes:
     dtypes: tuple[WeightDtype, ...] = (
         WeightDtype.BF16,
         WeightDtype.W8A16,
+        WeightDtype.W8A8G64,
         WeightDtype.INT8,
         WeightDtype.INT4,
     )

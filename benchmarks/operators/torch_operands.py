@@ -2,8 +2,8 @@
 
 bf16: `F.linear` (oneDNN), and oneDNN's product on a weight in its own layout, which is what torch's
 compiler makes of it. int8: dynamically quantized linear, oneDNN where torch chooses it. int4:
-torch's product of bf16 rows and int4 weights in groups of 32. w8a16: none. Rows enter in the type
-that the way wants.
+torch's product of bf16 rows and int4 weights in groups of 32. w8a16, w8a8g64: none. Rows enter in
+the type that the way wants.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class TorchOperands:
             return {"int4pack_mm": self._int4}
         if dtype is WeightDtype.FLOAT32:
             return {"linear": self._plain}
-        if dtype is WeightDtype.W8A16:
+        if dtype in (WeightDtype.W8A16, WeightDtype.W8A8G64):
             return {}
         return {"linear": self._plain_bf16, "linear, packed": self._onednn_bf16}
 

@@ -7,7 +7,7 @@ using namespace nb::literals;
 
 Weight weight_shape(int dtype, int64_t groups, int64_t n, int64_t k) {
   check(dtype >= 0 && dtype < kDTypes,
-        "weight dtype must be 0 (float32), 1 (bf16), 2 (int8), 3 (int4) or 4 (w8a16)");
+        "weight dtype must be 0 (float32), 1 (bf16), 2 (int8), 3 (int4), 4 (w8a16) or 5 (w8a8g64)");
   check(groups >= 1 && n >= 1 && k >= 1, "a weight needs at least one group, output and input");
   check(k <= kMaxInner, "a weight may have at most 131072 inner features (int32 sums)");
   check(groups <= (1 << 20) && n <= (int64_t{1} << 31), "the weight shape is out of range");

@@ -39,6 +39,7 @@ int64_t int8_row_bytes(int64_t n) { return round_up(n, 64); }
 // Bytes of a prepared row of n activations.
 int64_t row_bytes(const Kernels& kernels, DType dtype, int64_t n) {
   if (dtype == DType::kInt4) return round_up(n, kInt4Group) / kInt4Group * kInt4RowBytes;
+  if (dtype == DType::kW8A8G64) return round_up(n, kInt8Group) / kInt8Group * kInt8GroupBytes;
   if (is_int8(dtype)) return int8_row_bytes(n) * (dtype == DType::kW8A16 ? 2 : 1);
   return round_up(n, step_width(dtype)) * kernels.bf16_item;
 }
@@ -55,6 +56,7 @@ void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n,
                  float* scale) {
   if (dtype == DType::kBf16) return kernels.prepare_bf16(x, n, out);
   if (dtype == DType::kInt4) return kernels.prepare_int4(x, n, out);
+  if (dtype == DType::kW8A8G64) return kernels.prepare_w8a8(x, n, out);
   const int64_t length = int8_row_bytes(n);
   auto* bytes = reinterpret_cast<int8_t*>(out);
   *scale = dtype == DType::kInt8 ? kernels.quantize_row(x, n, bytes)

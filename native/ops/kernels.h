@@ -24,10 +24,23 @@ inline const Int4Factors* int4_factors_of(const uint8_t* row, int64_t groups) {
   return reinterpret_cast<const Int4Factors*>(row + groups * kInt4Group);
 }
 
+// Of one group of 64 k of a w8a8g64 row: all its int8 values, zero beyond the end of the row, come
+// first, then these of each group.
+struct Int8Factors {
+  float scale;
+  int32_t offset;  // -128 * sum of values: undoes what weight + 128 adds
+};
+
+inline constexpr int64_t kInt8GroupBytes = kInt8Group + sizeof(Int8Factors);
+
+inline const Int8Factors* int8_factors_of(const uint8_t* row, int64_t groups) {
+  return reinterpret_cast<const Int8Factors*>(row + groups * kInt8Group);
+}
+
 // One panel of a GEMM: c[rows, cols] = a[rows, k] times up to 32 output features (+ bias).
 struct PanelTask {
   const uint8_t* a;      // prepared activations: float32, or prepare_bf16 / quantize_row /
-                         // split_row / prepare_int4 rows; all but float32 ones are followed by
+                         // split_row / prepare_int4 / prepare_w8a8 rows; all but float32 ones are followed by
                          // kRowSlack more that may be read, whatever they hold
   ptrdiff_t a_stride;    // bytes between rows
   int64_t rows;          // at most kRowChunk
@@ -38,7 +51,7 @@ struct PanelTask {
   ptrdiff_t c_stride;    // floats between rows
   int64_t cols;          // 1 to 32
   const float* bias;     // [cols] or null
-  // int8 and w8a16:
+  // int8, w8a16; w8a8g64 has col_scale only:
   const float* row_scale;
   ptrdiff_t row_scale_stride;
   const float* col_scale;
@@ -115,8 +128,9 @@ struct Kernels {
   float (*quantize_row)(const float* x, int64_t n, int8_t* out);
   // Quantize a row to 15 bits, 128 * coarse + fine; returns the scale of the coarse values.
   float (*split_row)(const float* x, int64_t n, int8_t* coarse, int8_t* fine);
-  // Quantize each group of 32 of a row on its own.
+  // Quantize each group of 32, or of 64, of a row on its own.
   void (*prepare_int4)(const float* x, int64_t n, uint8_t* out);
+  void (*prepare_w8a8)(const float* x, int64_t n, uint8_t* out);
 
   void (*rms_norm_row)(const float* x, const float* weight, int64_t n, float eps, float* out);
   void (*add_row)(const float* a, const float* b, int64_t n, float* out);

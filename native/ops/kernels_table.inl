@@ -9,6 +9,7 @@ inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 #include "kernels_select.inl"
 #include "kernels_attend.inl"
 #include "kernels_gemm4.inl"
+#include "kernels_gemm8.inl"
 
 constexpr Kernels make_table(const char* name) {
   Kernels table{};
@@ -21,10 +22,12 @@ constexpr Kernels make_table(const char* name) {
   table.panel_gemm[2] = panel_gemm<Int8Product, kInt8Rows>;
   table.panel_gemm[3] = int4_gemm;
   table.panel_gemm[4] = paired_gemm<panel_gemm<Int8Product, kInt8Rows>>;
+  table.panel_gemm[5] = w8a8_gemm;
   table.prepare_bf16 = prepare_bf16;
   table.quantize_row = quantize_row;
   table.split_row = split_row;
   table.prepare_int4 = prepare_int4;
+  table.prepare_w8a8 = prepare_w8a8;
   table.rms_norm_row = rms_norm_row;
   table.add_row = add_row;
   table.axpy_row = axpy_row;

@@ -8,7 +8,7 @@
 //   float32   [Np/32][Kp]  [32]        one k-step  = 128 bytes: n0 n1 ... n31
 //   bf16      [Np/32][Kp/2][32][2]     one k-pair  = 128 bytes: n0k0 n0k1 n1k0 n1k1 ... n31k1
 //   int8,     [Np/32][Kp/4][32][4]     one k-quad  = 128 bytes: n0k0 n0k1 n0k2 n0k3 n1k0 ... n31k3
-//   w8a16
+//   w8a16, w8a8g64
 //   int4      [Np/32][Kp/32][640]      one step of 32 k: 4 k-octets of 128 bytes, then 64 bf16 pairs
 //     octet   [32][4]                  byte j of output n: k = j in the low nibble, 4 + j in the high
 //     scales  [16][2]                  n0 n16 n1 n17 ... n15 n31, bf16
@@ -17,8 +17,8 @@
 // One group in memory; every part is a multiple of 128 bytes, so groups need no further padding:
 //
 //   +-----------------------------+---------------------+------------------------+
-//   | panels (as above)           | int8 and w8a16:     | int8 and w8a16: column |
-//   | Np * Kp * element size      | scale f32[Np]       | sum i32[Np], of w(n,k) |
+//   | panels (as above)           | int8 and its kin:   | int8 and its kin:      |
+//   | Np * Kp * element size      | scale f32[Np]       | column sum i32[Np]     |
 //   +-----------------------------+---------------------+------------------------+
 //
 // The column sums serve instructions that multiply unsigned by signed bytes: they see
@@ -30,14 +30,15 @@
 
 namespace xds {
 
-enum class DType { kFloat32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kW8A16 = 4 };
+enum class DType { kFloat32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kW8A16 = 4, kW8A8G64 = 5 };
 
-inline constexpr int kDTypes = 5;
+inline constexpr int kDTypes = 6;
 
 inline constexpr int64_t kPanel = 32;       // output features of one panel
 inline constexpr int64_t kStepBytes = 128;  // bytes of one k-step of a panel; int4: of an octet
 inline constexpr int64_t kInt4Group = 32;  // inner features that share a scale and a low
 inline constexpr int64_t kInt4StepBytes = 4 * kStepBytes + 2 * 2 * kPanel;
+inline constexpr int64_t kInt8Group = 64;  // w8a8g64: activations that share a scale
 inline constexpr int64_t kMaxInner = 131072;  // K limit: 127 * 127 * K stays below 2^31
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -46,7 +47,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 
 // Inner features in one k-step.
 inline int64_t step_width(DType dtype) {
-  constexpr int64_t kWidths[kDTypes] = {1, 2, 4, kInt4Group, 4};
+  constexpr int64_t kWidths[kDTypes] = {1, 2, 4, kInt4Group, 4, 4};
   return kWidths[static_cast<int>(dtype)];
 }
 
@@ -55,7 +56,9 @@ inline int64_t step_bytes(DType dtype) {
 }
 
 // The weights themselves are the same bytes.
-inline bool is_int8(DType dtype) { return dtype == DType::kInt8 || dtype == DType::kW8A16; }
+inline bool is_int8(DType dtype) {
+  return dtype == DType::kInt8 || dtype == DType::kW8A16 || dtype == DType::kW8A8G64;
+}
 
 // One packed weight: where its parts lie.
 struct Weight {

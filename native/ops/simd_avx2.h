@@ -139,6 +139,16 @@ inline F16 nibble_result(I16 acc) {
           _mm256_cvtepi32_ps(_mm256_madd_epi16(acc.hi, ones))};
 }
 
+inline I16 signed_zero(int32_t /*offset*/) { return int_zero(); }
+inline I16 load_signed(const uint8_t* p) { return load_bytes(p); }
+inline I16 signed_dot(I16 acc, I16 w, const int8_t* a) {
+  int32_t quad;
+  std::memcpy(&quad, a, 4);
+  const __m256i x = _mm256_set1_epi32(quad);
+  return {dot4_8(acc.lo, x, w.lo), dot4_8(acc.hi, x, w.hi)};
+}
+inline F16 float_of(I16 sum) { return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)}; }
+
 constexpr bool kS8Offset = false;
 constexpr int kFloatRows = 6;  // 12 accumulators of 16 registers
 constexpr int kBf16Rows = 5;   // one more register for the mask
@@ -147,6 +157,8 @@ constexpr int kDoubleRows = 3;  // attention tiles of up to this many rows take 
 constexpr int kInt4Rows = 5;
 constexpr int kInt4WideRows = 2;
 constexpr int kInt4FewRows = 4;
+constexpr int kGroupRows = 4;
+constexpr int kGroupWideRows = 1;
 constexpr int kTileVecs = 1;
 constexpr int kWideRows = 2;
 constexpr int kFewRows = 12;

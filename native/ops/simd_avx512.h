@@ -110,6 +110,14 @@ inline I16 nibble_dot(I16 acc, I16 w, const int8_t* a) {
 }
 inline F16 nibble_result(I16 acc) { return {_mm512_cvtepi32_ps(acc.v)}; }
 
+// Signed by signed bytes: weights become unsigned by + 128, which the sum's start undoes.
+inline I16 signed_zero(int32_t offset) { return {_mm512_set1_epi32(offset)}; }
+inline I16 load_signed(const uint8_t* p) {
+  return {_mm512_xor_si512(load_int(p), _mm512_set1_epi8(static_cast<char>(0x80)))};
+}
+inline I16 signed_dot(I16 acc, I16 w, const int8_t* a) { return nibble_dot(acc, w, a); }
+inline F16 float_of(I16 sum) { return {_mm512_cvtepi32_ps(sum.v)}; }
+
 #define XDS_BF16_PAIRS 1  // dot2 exists: activations of bf16 GEMMs stay bf16
 
 constexpr bool kS8Offset = true;
@@ -120,6 +128,8 @@ constexpr int kDoubleRows = 12;
 constexpr int kInt4Rows = 6;  // 6 integer and 6 float accumulators of each vector
 constexpr int kInt4WideRows = 6;
 constexpr int kInt4FewRows = 0;
+constexpr int kGroupRows = 6;  // as of int4
+constexpr int kGroupWideRows = 6;
 constexpr int kTileVecs = 2;
 constexpr int kWideRows = 12;
 constexpr int kFewRows = 0;

@@ -178,6 +178,13 @@ inline I16 nibble_dot(I16 acc, const I16& w, const int8_t* a) {
   }
   return acc;
 }
+inline I16 signed_zero(int32_t /*offset*/) { return int_zero(); }
+inline I16 load_signed(const uint8_t* p) { return load_bytes(p); }
+inline I16 signed_dot(const I16& acc, const I16& w, const int8_t* a) {
+  return dot4(acc, reinterpret_cast<const uint8_t*>(a), reinterpret_cast<const uint8_t*>(w.v));
+}
+inline F16 float_of(const I16& sum) { return dot_result(sum, nullptr); }
+
 inline F16 nibble_result(const I16& acc) { return dot_result(acc, nullptr); }
 
 // dst[j * dst_stride + i] = src[i * src_stride + j] for an 8 by 8 tile.
@@ -195,6 +202,8 @@ constexpr int kBf16Rows = 4;
 constexpr int kInt8Rows = 4;
 constexpr int kDoubleRows = 0;
 constexpr int kInt4Rows = 4;
+constexpr int kGroupRows = 4;
+constexpr int kGroupWideRows = 4;
 constexpr int kTileVecs = 1;  // 16-column vectors of a register tile
 constexpr int kInt4WideRows = 1;
 constexpr int kInt4FewRows = 0;

@@ -42,7 +42,7 @@ SPECULATIONS = ("off", "ngram", "mtp")
 MAX_SPECULATIVE_TOKENS = 16
 """More than that in a row are hardly ever accepted."""
 
-DTYPES = ("auto", "float32", "bf16", "w8a16", "int8", "int4")
+DTYPES = ("auto", "float32", "bf16", "w8a16", "w8a8g64", "int8", "int4")
 
 KV_CACHE_DTYPES = ("auto", "float32", "bf16", "int8")
 
@@ -53,7 +53,8 @@ class ModelConfig:
 
     dtype: str = option(
         "auto",
-        "Weights: auto (bf16), float32, bf16, w8a16 (int8 weights), int8 (W8A8) or int4 (W4A8).",
+        "Weights: auto (bf16), float32, bf16, int8 (W8A8), int4 (W4A8); or one format for all: "
+        "w8a16, w8a8g64 (int8 weights).",
     )
     kv_cache_dtype: str = option(
         "auto",

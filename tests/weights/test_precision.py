@@ -32,8 +32,9 @@ BLOCK_SIZE = 16
 LIMITS = {
     "bf16": 1e-3,
     "w8a16": 8e-3,
+    "w8a8g64": 1.5e-2,
     "int8": 2e-2,
-    "int4": 5e-3,
+    "int4": 1.2e-2,
     "float32+int8": 5e-3,
     "int8+int8": 2e-2,
 }

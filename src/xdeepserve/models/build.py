@@ -43,7 +43,7 @@ def build_model(
     Raises:
         ModelFormatError: a tensor is missing or of the wrong shape.
     """
-    weights = Weights(provider, checkpoint, DtypePolicy(dtype, spec.num_layers))
+    weights = Weights(provider, checkpoint, DtypePolicy(dtype, spec.num_layers, ops.outlier_dtype))
     builder = ModelBuilder(spec, weights, ops, max_positions=max_positions)
     layers = tuple(builder.layer(idx) for idx in range(spec.num_layers))
     embedding, head = builder.embedding(), builder.head()

@@ -13,6 +13,7 @@ import logging
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,7 +111,11 @@ class PackedProvider:
     def linear(self, name: str, load: LinearLoader, dtype: WeightDtype) -> PackedWeight:
         """The packed linear `name`."""
         weight = self._packed.linear(name)
-        if weight is None or weight.dtype is not dtype:
+        if weight is None:
+            raise self._lacking(name)
+        if weight.dtype.has_int8_weights and dtype.has_int8_weights:
+            return replace(weight, dtype=dtype)
+        if weight.dtype is not dtype:
             raise self._lacking(name)
         return weight
 

@@ -35,6 +35,11 @@ class Ops(Protocol):
     name: str
     layout: str
 
+    @property
+    def outlier_dtype(self) -> WeightDtype:
+        """Of int8 weights that meet outliers: w8a8g64, or w8a16 where that is faster."""
+        ...
+
     # -- weights --------------------------------------------------------------------------------
 
     def pack(self, weight: F32, *, dtype: WeightDtype) -> PackedWeight:

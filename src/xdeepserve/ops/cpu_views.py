@@ -28,6 +28,7 @@ DTYPE_CODES = {
     WeightDtype.INT8: 2,
     WeightDtype.INT4: 3,
     WeightDtype.W8A16: 4,
+    WeightDtype.W8A8G64: 5,
 }
 SCORINGS = ("softmax", "sigmoid")
 

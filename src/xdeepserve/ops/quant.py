@@ -21,6 +21,9 @@ SPLIT_MAX = np.float32(128 * 127 + 63)
 INT4_GROUP = 32
 """Neighbours in k that share a scale and a low."""
 
+INT8_GROUP = 64
+"""Activations that share a scale under w8a8g64."""
+
 
 def to_bf16(values: F32) -> U16:
     """Bfloat16 bits of `values`, rounded to nearest even; NaN stays NaN. Any shape."""
@@ -73,10 +76,10 @@ def split_int15(rows: F32) -> tuple[I8, I8, F32]:
     return coarse.astype(np.int8), fine.astype(np.int8), scales.astype(np.float32)
 
 
-def split_groups(rows: F32) -> F32:
-    """[..., ceil(K / 32), 32] of rows [..., K], padded with zeros."""
-    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % INT4_GROUP)]
-    return np.pad(rows, padding).reshape(*rows.shape[:-1], -1, INT4_GROUP)
+def split_groups(rows: F32, size: int = INT4_GROUP) -> F32:
+    """[..., ceil(K / size), size] of rows [..., K], padded with zeros."""
+    padding = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % size)]
+    return np.pad(rows, padding).reshape(*rows.shape[:-1], -1, size)
 
 
 def quantize_int4(rows: F32) -> tuple[U8, U16, U16]:

@@ -12,7 +12,14 @@ import numpy as np
 from xdeepserve.ops import composed
 from xdeepserve.ops import reference_attention as attention
 from xdeepserve.ops import reference_sampling as sampling
-from xdeepserve.ops.quant import from_bf16, quantize_int8, round_bf16, split_groups, split_int15
+from xdeepserve.ops.quant import (
+    INT8_GROUP,
+    from_bf16,
+    quantize_int8,
+    round_bf16,
+    split_groups,
+    split_int15,
+)
 from xdeepserve.ops.reference_weights import LAYOUT, Weight, pack_rows, unpack_rows
 from xdeepserve.ops.types import (
     F32,
@@ -39,6 +46,7 @@ class ReferenceOps:
 
     name = "reference"
     layout = LAYOUT
+    outlier_dtype = WeightDtype.W8A8G64
 
     def pack(self, weight: F32, *, dtype: WeightDtype) -> PackedWeight:
         return pack_rows(weight, dtype)
@@ -209,6 +217,10 @@ def _matmul(x: F32, weight: Weight) -> F32:
         for t, row in enumerate(x):
             out[t] = _int4_row(row, weight)
         return out
+    if weight.dtype is WeightDtype.W8A8G64:
+        for t, row in enumerate(x):
+            out[t] = _w8a8_row(row, weight)
+        return out
     if weight.dtype is WeightDtype.W8A16:
         coarse, fine, row_scales = split_int15(x)
         part = _int8_product(fine, weight, row_scales) * np.float32(1 / 128)
@@ -226,6 +238,17 @@ def _int8_product(rows: I8, weight: Weight, row_scales: F32) -> F32:
     for t, row in enumerate(rows.astype(np.int32)):
         out[t] = (wide @ row).astype(np.float32) * (row_scales[t] * weight.scales)
     return out
+
+
+def _w8a8_row(row: F32, weight: Weight) -> F32:
+    """[N]: groups of 64 k in ascending order, added by fused multiply-adds."""
+    quantized, scales = quantize_int8(split_groups(row, INT8_GROUP))
+    values = split_groups(weight.values, INT8_GROUP).astype(np.int32)
+    dots = (values * quantized.astype(np.int32)).sum(axis=2).astype(np.float32)
+    out = np.zeros(weight.num_out, np.float32)
+    for g, scale in enumerate(scales):
+        out = _multiply_add(scale, dots[:, g], out)
+    return out * weight.scales
 
 
 def _int4_row(row: F32, weight: Weight) -> F32:

@@ -1,7 +1,7 @@
 """Packed weights of the reference backend: row-major values, no padding between rows.
 
 Bytes of a group: values [N, K] (float32, uint16 bfloat16 bits, int8, or for int4 a byte per
-nibble). For int8 and w8a16 the float32 scales [N] come first; for int4 bfloat16 scales and then
+nibble). For int8 weights the float32 scales [N] come first; for int4 bfloat16 scales and then
 lows, both [N, ceil(K / 32)]. Each group is padded to a multiple of 64 bytes.
 """
 
@@ -23,6 +23,7 @@ _ITEM = {
     WeightDtype.INT8: np.int8,
     WeightDtype.INT4: np.uint8,
     WeightDtype.W8A16: np.int8,
+    WeightDtype.W8A8G64: np.int8,
 }
 
 
@@ -32,7 +33,7 @@ class Weight:
 
     Attributes:
         values: [N, K] as stored.
-        scales: int8, w8a16: [N]; int4: [N, ceil(K / 32)]; else empty.
+        scales: int8 weights: [N]; int4: [N, ceil(K / 32)]; else empty.
         lows: int4: like scales; else empty.
     """
 
@@ -84,7 +85,7 @@ def _pack_group(group: F32, dtype: WeightDtype) -> U8:
     head = b""
     if dtype is WeightDtype.BF16:
         values = to_bf16(values)
-    elif dtype in (WeightDtype.INT8, WeightDtype.W8A16):
+    elif dtype.has_int8_weights:
         values, scales = quantize_int8(values)
         head = scales.tobytes()
     elif dtype is WeightDtype.INT4:
@@ -97,12 +98,9 @@ def _pack_group(group: F32, dtype: WeightDtype) -> U8:
 def _view_group(weight: PackedWeight) -> Weight:
     _, n, k = weight.shape
     num_groups = -(-k // INT4_GROUP)
-    heads = {
-        WeightDtype.INT8: 4 * n,
-        WeightDtype.W8A16: 4 * n,
-        WeightDtype.INT4: 4 * n * num_groups,
-    }
-    head = heads.get(weight.dtype, 0)
+    head = 4 * n if weight.dtype.has_int8_weights else 0
+    if weight.dtype is WeightDtype.INT4:
+        head = 4 * n * num_groups
     item = _ITEM[weight.dtype]
     size = n * k * np.dtype(item).itemsize
     values = weight.data[head : head + size].view(item).reshape(n, k)

@@ -34,7 +34,10 @@ class WeightDtype(enum.StrEnum):
     activations are quantized per group of 32 as int8 quantizes a row; group dot products are exact
     and added in float32 in ascending order of k, by fused multiply-adds (see `quant`). w8a16:
     int8 weights, activations quantized per row to 15 bits, 128 * coarse + fine with both int8: two
-    int8 products, coarse + fine / 128.
+    int8 products, coarse + fine / 128. w8a8g64: int8 weights, each group of 64 activations
+    quantized as int8 quantizes a row; group sums are exact and added in ascending order, each times
+    its scale, by fused multiply-adds; then times the column scale. The three with int8 weights
+    share bytes.
     """
 
     FLOAT32 = "float32"
@@ -42,6 +45,12 @@ class WeightDtype(enum.StrEnum):
     INT8 = "int8"
     INT4 = "int4"
     W8A16 = "w8a16"
+    W8A8G64 = "w8a8g64"
+
+    @property
+    def has_int8_weights(self) -> bool:
+        """Whether packed weights are those of INT8, byte by byte."""
+        return self in (WeightDtype.INT8, WeightDtype.W8A16, WeightDtype.W8A8G64)
 
 
 @dataclass(frozen=True, slots=True)

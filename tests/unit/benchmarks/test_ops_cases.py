@@ -69,7 +69,7 @@ def test_products_are_measured_at_every_size_in_every_precision() -> None:
     expected = {
         (name, dtype, count)
         for name in ("qkv", "output")
-        for dtype in ("bf16", "w8a16", "int8", "int4")
+        for dtype in ("bf16", "w8a16", "w8a8g64", "int8", "int4")
         for count in tokens
     }
     assert found == expected | {("router", "float32", count) for count in tokens}

@@ -22,7 +22,7 @@ from xdeepserve.ops import F32, PackedWeight
 from xdeepserve.ops.reference import ReferenceOps
 from xdeepserve.testing.fake_clock import FakeClock
 
-DTYPES = ("float32", "bf16", "int8", "int4", "w8a16")
+DTYPES = ("float32", "bf16", "int8", "int4", "w8a16", "w8a8g64")
 INT8_CACHE = " and its cache"
 """After a dtype: the KV cache is int8 too."""
 

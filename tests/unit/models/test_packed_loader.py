@@ -18,6 +18,8 @@ from xdeepserve.models.loader import load_model
 from xdeepserve.ops import WeightDtype
 from xdeepserve.ops.reference import ReferenceOps
 
+W8A8G64 = WeightDtype.W8A8G64
+
 
 def load(path: Path, cache: Path, stages: list[str] | None = None) -> Model:
     def progress(stage: str, done: int, total: int) -> None:
@@ -89,8 +91,18 @@ def test_dtypes_have_files_of_their_own(tmp_path: Path) -> None:
         model = load_model(folder, dtype=dtype, ops=ReferenceOps(), cache_dir=cache)
         ffn = model.layers[1].ffn
         assert ffn is not None
-        assert ffn.down.dtype is dtype
+        assert ffn.down.dtype is (W8A8G64 if dtype is WeightDtype.INT8 else dtype)
     assert len(list(cache.glob("*.pack"))) == len(WeightDtype)
+
+
+def test_formats_with_the_same_bytes_share_a_file(tmp_path: Path) -> None:
+    folder, cache = llama_folder(tmp_path / "m"), tmp_path / "c"
+    ops = ReferenceOps()
+    for outliers in (W8A8G64, WeightDtype.W8A16):
+        ops.outlier_dtype = outliers
+        model = load_model(folder, dtype=WeightDtype.INT8, ops=ops, cache_dir=cache)
+        assert model.head.lm_head.dtype is outliers
+    only_pack(cache)
 
 
 @pytest.mark.parametrize("position", [0, 2 * 4096, -1])
