@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -77,7 +78,8 @@ def write(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
     machine = document["machine"]
     title = f"{machine['cpu']}, {machine['cores']} cores, {' '.join(machine['isa'])}"
-    text = f"# Peers: {title}\n\nCeilings: {document['ceilings']}\n\n"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in document["rows"] if row["commit"]))
+    text = f"# Peers: {title}\n\nCommits: {commits}. Ceilings: {document['ceilings']}\n\n"
     path.with_suffix(".md").write_text(text + markdown(document["cells"]) + "\n")
     plot(document["cells"], path.with_suffix(".png"))
 
@@ -104,6 +106,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, write the results, print the table and the JSON line."""
     args = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the engines, too
     if args.home:
         envs.HOME.export(args.home)
     plan = Plan(

@@ -17,6 +17,7 @@ from xdeepserve import envs
 
 BUILD_TIMEOUT_S: Final = 3600.0
 TAIL_LINES: Final = 5
+GIT_TIMEOUT_S: Final = 10.0
 
 
 class Unavailable(Exception):
@@ -39,6 +40,13 @@ class Command:
 def peers_folder() -> Path:
     """Where the engines and the converted models are kept."""
     return envs.HOME.get() / "peers"
+
+
+def head_commit() -> str:
+    """The commit of this tree, in short; empty when it is none of git's."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)
+    return done.stdout.strip()
 
 
 def build(argv: Sequence[str], *, env: Mapping[str, str] | None = None) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from benchmarks.peers.environment import Unavailable
+from benchmarks.peers.environment import Unavailable, head_commit
 from benchmarks.peers.foreign_load import undisturbed
 from benchmarks.peers.online import ServerProcess
 from benchmarks.peers.peer import Peer, Settings, WorkerProcess
@@ -187,8 +187,9 @@ def _empty_rows(
     entrants: Sequence[Entrant],
     workloads: Sequence[Workload] | Sequence[OnlineWorkload],
 ) -> dict[tuple[str, Entrant], Row]:
+    commit = head_commit()
     return {
-        (w.name, e): Row(model, precision, w.name, e.peer.name, e.variant)
+        (w.name, e): Row(model, precision, w.name, e.peer.name, e.variant, commit=commit)
         for w in workloads
         for e in entrants
     }

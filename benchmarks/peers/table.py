@@ -20,6 +20,7 @@ class Row:
     Attributes:
         runs: one record of values per repeat.
         reason: why there are none, or fewer; empty when there is nothing to say.
+        commit: of this project when they were made; empty outside a git tree.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Row:
     variant: str
     runs: list[dict[str, float]] = field(default_factory=list)
     reason: str = ""
+    commit: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -69,7 +69,7 @@ struct TileDots {
 
   // Scores [64, 16] of 64 positions for a panel of 16 query rows.
   static void latents(const LatentRows& latents, const uint8_t* panel, int64_t groups,
-                      float* scores) {
+                      bool /*is_first*/, float* scores) {
     memory_barrier();
     clear_tiles();
     for (int64_t i = 0; i < groups; ++i, panel += kGroupBytes / 2) {

@@ -5,6 +5,23 @@ struct NoFetch {
   void step() {}
 };
 
+// Brings in 16 rows, line by line, while 16 others are multiplied: a line holds 16 pairs.
+class RowsAhead {
+ public:
+  RowsAhead(const uint16_t* rows, ptrdiff_t stride)
+      : rows_(reinterpret_cast<const uint8_t*>(rows)), stride_(stride) {}
+
+  void step() {
+    if (rows_ != nullptr) __builtin_prefetch(rows_ + at_ % 16 * stride_ + at_ / 16 * 64, 0, 3);
+    ++at_;
+  }
+
+ private:
+  const uint8_t* rows_;
+  ptrdiff_t stride_;
+  int64_t at_ = 0;
+};
+
 struct PairDots {
   static void begin() {}
 
@@ -17,33 +34,36 @@ struct PairDots {
       for_row_tiles<kBf16Rows>(rows, [&](auto size, int64_t first) {
         constexpr int R = size;
         F16 sums[R][2];
+        NoFetch fetch;
         multiply<R, 2>(from + first * a_stride, a_stride, which == 0 ? b : other, kStepBytes,
-                       groups, sums);
+                       groups, fetch, sums);
         for (int r = 0; r < R; ++r) body(first + r, which, sums[r][0], sums[r][1]);
       });
     }
   }
 
-  // Scores [64, 16] of 64 positions for a panel of 16 query rows.
+  // Scores [64, 16] of 64 positions for a panel of 16 query rows; the first panel brings in what
+  // the others find.
   static void latents(const LatentRows& latents, const uint8_t* panel, int64_t groups,
-                      float* scores) {
+                      bool is_first, float* scores) {
     constexpr int R = 16;
-    for (const uint16_t* piece : latents.pieces) {
+    for (int64_t i = 0; i < latents.count; ++i) {
+      const uint16_t* after = i + 1 < latents.count ? latents.pieces[i + 1] : latents.next;
+      RowsAhead fetch(is_first ? after : nullptr, latents.stride);
       F16 sums[R][1];
-      multiply<R, 1>(reinterpret_cast<const uint8_t*>(piece), latents.stride, panel, 64, groups,
-                     sums);
+      multiply<R, 1>(reinterpret_cast<const uint8_t*>(latents.pieces[i]), latents.stride, panel, 64,
+                     groups, fetch, sums);
       for (int r = 0; r < R; ++r, scores += kQueryLanes) store(scores, sums[r][0]);
     }
   }
 
  private:
-  template <int R, int V>
+  template <int R, int V, class Fetch>
   static void multiply(const uint8_t* a, ptrdiff_t a_stride, const uint8_t* b, ptrdiff_t b_stride,
-                       int64_t groups, F16 (&sums)[R][V]) {
+                       int64_t groups, Fetch& fetch, F16 (&sums)[R][V]) {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < V; ++v) sums[r][v] = set1(0.0f);
     }
-    NoFetch fetch;
     accumulate<Bf16Product, R, V>(sums, a, a_stride, b, b_stride, groups * kGroup / 2, fetch);
   }
 };

@@ -178,7 +178,9 @@ inline void transpose_queries(const AttendTask& t, const PairScratch& s) {
 // The latents of 64 positions, in pieces of 16. Pieces past the last position repeat the first.
 struct LatentRows {
   const uint16_t* pieces[4];
-  ptrdiff_t stride;  // bytes
+  int64_t count;         // of pieces that do not
+  ptrdiff_t stride;      // bytes
+  const uint16_t* next;  // the piece that follows, or null
 };
 
 inline LatentRows latent_rows(const AttendTask& t, const PairScratch& s,
@@ -191,10 +193,12 @@ inline LatentRows latent_rows(const AttendTask& t, const PairScratch& s,
     std::memcpy(row, places.values[at + j], static_cast<size_t>(t.key_dim) * 2);
     for (int64_t d = t.key_dim; d < s.key_pad; ++d) row[d] = 0;
   }
+  latents.count = lesser(4, (count - at + 15) / 16);
   for (int64_t i = 0; i < 4; ++i) {
-    const int64_t j = at + 16 * i < count ? 16 * i : 0;
+    const int64_t j = i < latents.count ? 16 * i : 0;
     latents.pieces[i] = in_place ? places.values[at + j] : s.keys + j * s.key_pad;
   }
+  latents.next = in_place && at + kKeyTile < count ? places.values[at + kKeyTile] : nullptr;
   return latents;
 }
 
@@ -203,10 +207,12 @@ inline void score_latents(const AttendTask& t, const PairScratch& s,
                           const Places<Bf16Element>& places, int64_t at, int64_t count,
                           int64_t start) {
   const LatentRows latents = latent_rows(t, s, places, at, count);
-  for (int64_t row = start / kQueryLanes * kQueryLanes; row < t.rows; row += kQueryLanes) {
+  const int64_t first_row = start / kQueryLanes * kQueryLanes;
+  for (int64_t row = first_row; row < t.rows; row += kQueryLanes) {
     alignas(64) float block[kKeyTile * kQueryLanes];
-    Dots::latents(latents, s.queries + row * s.key_pad * 2, s.key_groups(), block);
-    for (int64_t j = 0; j < kKeyTile; j += 8) {
+    const uint8_t* panel = s.queries + row * s.key_pad * 2;
+    Dots::latents(latents, panel, s.key_groups(), row == first_row, block);
+    for (int64_t j = 0; j < 16 * latents.count; j += 8) {
       for (int64_t r = 0; r < kQueryLanes; r += 8) {
         transpose8(block + j * kQueryLanes + r, kQueryLanes,
                    s.scores + (row + r) * kPartition + at + j, kPartition);

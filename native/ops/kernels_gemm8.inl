@@ -74,11 +74,15 @@ void prepare_w8a8(const float* x, int64_t n, uint8_t* out) {
   auto* factors = reinterpret_cast<Int8Factors*>(out + groups * kInt8Group);
   for (int64_t i = 0; i < groups; ++i, out += kInt8Group) {
     const int64_t left = lesser(kInt8Group, n - i * kInt8Group);
-    auto* values = reinterpret_cast<int8_t*>(out);
-    std::memset(values, 0, kInt8Group);
-    const float scale = quantize_row(x + i * kInt8Group, left, values);
-    int32_t sum = 0;
-    for (int64_t j = 0; j < kInt8Group; ++j) sum += values[j];
-    factors[i] = {scale, -128 * sum};
+    const float* from = x + i * kInt8Group;
+    const Int8Scale scale = int8_scale(largest_magnitude(from, left));
+    F16 sum = set1(0.0f);
+    for (int64_t j = 0; j < kInt8Group; j += 16) {
+      const F16 given = j < left ? load_up_to(from + j, left - j) : set1(0.0f);
+      const F16 value = round_within(mul(given, set1(scale.inverse)), 127.0f);
+      store_s8(reinterpret_cast<int8_t*>(out) + j, value);
+      sum = add(sum, value);  // whole numbers, exact
+    }
+    factors[i] = {scale.scale, -128 * static_cast<int32_t>(reduce_add(sum))};
   }
 }

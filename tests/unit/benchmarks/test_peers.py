@@ -165,6 +165,7 @@ def test_new_rows_replace_old_ones(tmp_path: Path) -> None:
     assert load_rows(path) == []
     machine = {"cpu": "Some CPU (R) 9", "cores": 2, "isa": ["avx2"]}
     old = merge([], [row("a", "x", 1.0), row("b", "x", 2.0)])
+    old[0].commit = "abc1234"
     write(
         path,
         {
@@ -176,7 +177,9 @@ def test_new_rows_replace_old_ones(tmp_path: Path) -> None:
     )
     merged = merge(load_rows(path), [row("a", "x", 3.0)])
     assert {r.peer: r.median("output tok/s") for r in merged} == {"a": 3.0, "b": 2.0}
-    assert path.with_suffix(".md").read_text().count("| m |") == 1
+    text = path.with_suffix(".md").read_text()
+    assert text.count("| m |") == 1
+    assert "Commits: abc1234." in text
     assert machine_name(machine) == "some-cpu-r-9-avx2-2c"
 
 
