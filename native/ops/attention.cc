@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "for_rows.h"
 #include "ops.h"
 
 namespace xds {
@@ -282,24 +283,24 @@ void rope_kv_write(Context& ctx, const float* qkv, Rope rope, const Batch& batch
 void rope(Context& ctx, const float* x, Rope rope, const int32_t* positions, int64_t tokens,
           int64_t heads, int64_t dim, float* out) {
   const Timed timed(ctx.times, Op::kRope);
-  for (int64_t t = 0; t < tokens; ++t) {
+  for_rows(ctx, tokens, heads * dim, [&](int64_t t, int) {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t at = (t * heads + h) * dim;
       ctx.kernels.rope_row(x + at, rope.table + positions[t] * 2 * rope.half, rope.half, dim,
                            out + at);
     }
-  }
+  });
 }
 
 void mla_kv_write(Context& ctx, const float* latent, int64_t rank, const float* k_rope,
                   const Batch& batch, const Cache& kv) {
   const Timed timed(ctx.times, Op::kMlaKvWrite);
   const int64_t rope_dim = kv.dim - rank;
-  for (int64_t t = 0; t < batch.tokens; ++t) {
+  for_rows(ctx, batch.tokens, kv.dim, [&](int64_t t, int) {
     const int64_t at = row_offset(kv, batch.slots[t], 0);
     write_latent(ctx.kernels, kv, at, latent + t * rank, rank);
     write_latent(ctx.kernels, kv, at + rank, k_rope + t * rope_dim, rope_dim);
-  }
+  });
 }
 
 void paged_attention(Context& ctx, const float* q, const Batch& batch, const Cache& kv,

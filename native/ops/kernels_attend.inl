@@ -134,8 +134,10 @@ inline float exp1(float x) {
 // total = total and part as one softmax; both are value_pad values, maximum, sum.
 inline void merge_part(float* total, const float* part, int64_t value_pad) {
   const float max = total[value_pad], part_max = part[value_pad];
-  const float top = part_max > max ? part_max : max;
-  const float keep = exp1(max - top), take = exp1(part_max - top);
+  const bool is_larger = part_max > max;
+  const float top = is_larger ? part_max : max;
+  const float keep = is_larger ? exp1(max - top) : 1.0f;
+  const float take = is_larger ? 1.0f : exp1(part_max - top);
   for (int64_t d = 0; d < value_pad; ++d) total[d] = total[d] * keep + part[d] * take;
   total[value_pad] = top;
   total[value_pad + 1] = total[value_pad + 1] * keep + part[value_pad + 1] * take;

@@ -36,7 +36,8 @@ struct FewAhead {
 
 // Brings in the keys that are scored first.
 template <class E>
-[[gnu::always_inline]] inline void fetch_first_keys(const AttendTask& t, const Places<E>& places, int64_t count) {
+[[gnu::always_inline]] inline void fetch_first_keys(const AttendTask& t, const Places<E>& places,
+                                                    int64_t count) {
   constexpr int64_t kPer = 4 / static_cast<int64_t>(sizeof(typename E::T));
   for (int64_t v = 0; v < lesser(kScoreVectors, (count + 15) / 16); ++v) {
     for (int64_t d = 0; d < t.key_dim; d += kPer) {

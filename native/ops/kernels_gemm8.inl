@@ -1,7 +1,6 @@
-// GEMM of int8 weights and of activations with a scale for every 64 k. The integer sum of a group is
-// exact, and so is it as a float; groups are then added in ascending order with multiply-adds that
-// round once on every machine, so that the bits depend neither on the tile nor on the instruction
-// set.
+// GEMM of int8 weights and activations that have a scale for every 64 k. The integer sum of a group
+// is exact, also as a float; groups are then added in ascending order, with multiply-adds that round
+// once on every machine, so that the bits depend neither on the tile nor on the instruction set.
 
 constexpr int64_t kGroupSteps = kInt8Group / 4;
 

@@ -116,11 +116,12 @@ void silu_mul_row(const float* gate, const float* up, int64_t n, float* out) {
 }
 
 void rope_row(const float* x, const float* cos_sin, int64_t half, int64_t n, float* out) {
-  const float* sin = cos_sin + half;
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = x[i], second = x[i + half];
-    out[i] = first * cos_sin[i] - second * sin[i];
-    out[i + half] = second * cos_sin[i] + first * sin[i];
+  for (int64_t i = 0; i < half; i += 16) {
+    const int64_t left = half - i;
+    const F16 first = load_up_to(x + i, left), second = load_up_to(x + i + half, left);
+    const F16 cos = load_up_to(cos_sin + i, left), sin = load_up_to(cos_sin + half + i, left);
+    store_up_to(out + i, sub(mul(first, cos), mul(second, sin)), left);
+    store_up_to(out + i + half, add(mul(second, cos), mul(first, sin)), left);
   }
   for (int64_t i = 2 * half; i < n; ++i) out[i] = x[i];
 }
