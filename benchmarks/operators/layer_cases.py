@@ -1,7 +1,7 @@
 """The cases of fused operators: the attention side of a layer, and a whole layer as a stack of one.
 
-Attention's weights are bf16 here, also where they are served as w8a16, whose products `linear`
-measures; those of FFN and experts have the precision of the case.
+Attention's weights are bf16 here, also where they are served as w8a8g64 or w8a16, whose products
+`linear` measures; those of FFN and experts have the precision of the case.
 """
 
 from __future__ import annotations

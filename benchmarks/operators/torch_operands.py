@@ -1,8 +1,8 @@
 """The same products and attention by torch, each on enough copies to come from memory.
 
 bf16: `F.linear` (oneDNN), and oneDNN's product on a weight in its own layout, which is what torch's
-compiler makes of it. int8: dynamically quantized linear, oneDNN where torch chooses it. int4:
-torch's product of bf16 rows and int4 weights in groups of 32. w8a16, w8a8g64: none. Rows enter in
+compiler makes of it. int8, w8a8g64: dynamically quantized linear, oneDNN where torch chooses
+it. int4: torch's product of bf16 rows and int4 weights in groups of 32. w8a16: none. Rows enter in
 the type that the way wants.
 """
 
@@ -111,14 +111,14 @@ class TorchOperands:
         return [tuple([copy() for copy in groups] for groups in packed) for _ in range(count)]
 
     def _packs(self, dtype: WeightDtype) -> dict[str, Pack]:
-        if dtype is WeightDtype.INT8:
+        if dtype in (WeightDtype.INT8, WeightDtype.W8A8G64):
             return {"dynamic int8": self._int8}
         if dtype is WeightDtype.INT4:
             return {"int4pack_mm": self._int4}
         if dtype is WeightDtype.FLOAT32:
             return {"linear": self._plain}
-        if dtype in (WeightDtype.W8A16, WeightDtype.W8A8G64):
-            return {}
+        if dtype is WeightDtype.W8A16:
+            raise RuntimeError("has no int8 weights with activations of 15 bits")
         return {"linear": self._plain_bf16, "linear, packed": self._onednn_bf16}
 
     def _plain(self, weight: Tensor) -> Callable[[], Product]:

@@ -1,7 +1,7 @@
 """Online workloads: the project's load generator against an engine's OpenAI-compatible server.
 
-The highest rate within a TPOT is searched for in the first repeat. Later ones measure the load that
-was found then, or, where it is too much now, the highest one below it that is not.
+The highest rate within a TPOT is searched for in the first repeat. Later ones measure a tenth more
+load than was found last, or, where it is too much, the highest one below that is not.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ServerProcess:
         try:
             with self._turns.turn():
                 _wait_until_healthy(self._turns.process, self._server.port)
-        except Unavailable:
+        except BaseException:  # also when this program is told to end
             self._turns.stop()
             raise
 
@@ -88,7 +88,9 @@ class ServerProcess:
 
     async def _best(self, client: HttpClient, name: str, search: SearchConfig) -> Probe | None:
         if name in self._found:
-            return await _hold(client, self._server.model, search, self._found[name])
+            held = await _hold(client, self._server.model, search, self._found[name])
+            self._found[name] = held.concurrency if held else 0
+            return held
         found = await run_search(client, self._server.model, search, on_probe=lambda probe: None)
         self._found[name] = found.best.concurrency if found.best else 0
         return found.best
@@ -129,7 +131,8 @@ async def _measure(client: HttpClient, model: str, bench: BenchConfig) -> dict[s
 async def _hold(
     client: HttpClient, model: str, search: SearchConfig, concurrency: int
 ) -> Probe | None:
-    """The highest of some loads from `concurrency` down that keeps the SLO."""
+    """The highest of some loads, from a tenth above `concurrency` down, that keeps the SLO."""
+    concurrency = min(search.max_concurrency, concurrency + max(1, concurrency // 10))
     while concurrency > 0:
         probe = await measure_point(client, model, search, concurrency)
         if probe.is_within_slo:

@@ -108,7 +108,7 @@ class WorkerProcess:
         try:
             with self._turns.turn():
                 self._answer(START_TIMEOUT_S)
-        except Unavailable:
+        except BaseException:  # also when this program is told to end
             self.stop()
             raise
 

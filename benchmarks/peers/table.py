@@ -94,11 +94,12 @@ def _best(rows: Iterable[Row], metric: str) -> Row | None:
 
 
 def _ratio(ours: Row | None, peer: Row | None, metric: str) -> float | None:
-    """Median of the ratios of runs that took turns; of medians when their numbers differ."""
+    """Median of the ratios of runs that took turns; of medians where they did not."""
     if ours is None or peer is None:
         return None
     mine, theirs = ours.values(metric), peer.values(metric)
-    if len(mine) != len(theirs) or not all(theirs):
+    took_turns = len(mine) == len(theirs) and ours.commit == peer.commit
+    if not took_turns or not all(theirs):
         bar = median(theirs)
         return median(mine) / bar if bar else None
     return median(a / b for a, b in zip(mine, theirs, strict=True))

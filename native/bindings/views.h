@@ -69,10 +69,10 @@ void check_rope(const Floats2& rope, int64_t dim);
 // A cache of keys and values, or one of latents.
 void check_kind(const Cache& cache, bool latents);
 
-// Of attention scores: kernels look for the largest before they multiply.
+// Of attention scores: kernels look for the largest before they multiply, and divide by it.
 inline void check_scale(float scale) {
-  if (scale > 0.0f && scale < __builtin_inff()) return;
-  fail("scale is " + std::to_string(scale) + "; it must be positive and finite");
+  if (scale > 1e-20f && scale < __builtin_inff()) return;
+  fail("scale is " + std::to_string(scale) + "; it must be finite and above 1e-20");
 }
 
 inline void check_rows(const Array<float, 2>& array, int64_t rows, int64_t width,

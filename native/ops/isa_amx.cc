@@ -33,6 +33,7 @@ constexpr Kernels make_amx_table() {
   table.panel_gemm[4] = w8a16_gemm;
   table.attend_rows = 128;  // tiles pair keys and values anew for each task
   table.attend = attend_tiles;
+  table.merge_parts = merge_tile_parts;
   return table;
 }
 }  // namespace

@@ -99,13 +99,13 @@ inline void store_tiles(void* out, ptrdiff_t pitch, bool both) {
   memory_barrier();
 }
 
-// Bytes of the tiles as rows of 32 sums.
+// The accumulators as rows of 32 sums.
 template <class T>
 struct alignas(64) TileSums {
   T rows[kBlockRows][kPanel];
 };
 
-// The accumulators become rows [first, first + rows) of `a`, at most 32, times the panel.
+// The accumulators become `rows` rows of `a`, at most 32, times the panel.
 template <class Tile>
 inline void multiply_block(const PanelTask& t, const uint8_t* a, int64_t rows, Prefetch& fetch) {
   const ptrdiff_t a_stride = t.rows == 1 ? 0 : t.a_stride;  // one row is read 16 times

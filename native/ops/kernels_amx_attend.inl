@@ -1,10 +1,8 @@
 // Attention over a bf16 or int8 cache on tile registers: of every 32 terms the products of even and
 // of odd ones are added up on their own, then both to the sum.
 
-// What two products of 16 rows and a panel left in the tiles, or one of 32 rows: rows of 32 floats.
-struct alignas(64) TileBlock {
-  float rows[2 * kTileRows][kPanel];
-};
+// What two products of 16 rows and a panel left in the tiles, or one of 32 rows.
+using TileBlock = TileSums<float>;
 
 // 32 rows and one panel.
 inline void multiply_rows(const void* a, ptrdiff_t a_stride, const uint8_t* b, int64_t groups,
@@ -94,13 +92,11 @@ struct TileDots {
 // Tiles earn nothing on a few rows. Products of bf16 are exact in float32, so a fused multiply-add
 // gives what a tile gives.
 
-constexpr int64_t kTerms = 32;  // of a tile: entries of a head, or positions
-
 inline F16 float_of_bf16(__m256i bits) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 
-// Sums of up to kTerms products, the even ones and the odd ones apart.
+// Sums of up to 32 products, the even ones and the odd ones apart.
 template <int R, int V>
 struct TermSums {
   F16 even[R][V];
@@ -127,9 +123,9 @@ inline void add_products(const float* const* factors, int64_t at, const F16* val
 template <int R, int V, class Load>
 inline void add_terms(const float* const* factors, int64_t count, Load&& load_term, float* out,
                       int64_t pitch) {
-  for (int64_t first = 0; first < count; first += kTerms) {
+  for (int64_t first = 0; first < count; first += kGroup) {
     TermSums<R, V> sums;
-    const int64_t stop = lesser(count, first + kTerms);
+    const int64_t stop = lesser(count, first + kGroup);
     int64_t at = first;
     F16 values[V];
     for (; at + 2 <= stop; at += 2) {
@@ -160,7 +156,7 @@ struct TileFew {
 
   static void round(const float* x, int64_t n, float* out) {
     for (int64_t i = 0; i < n; i += 16) {
-      keep(out, i, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load_up_to(x + i, n - i).v)));
+      keep(out, i, round_query(x + i, n - i));
     }
   }
 
@@ -217,6 +213,13 @@ class FlushDenormals {
   static constexpr uint32_t kFlush = 0x8040;  // flush to zero, denormals are zero
   uint32_t saved_;
 };
+
+// Parts are merged as where they need not be cut.
+void merge_tile_parts(const AttendTask& t) {
+  if (t.type == KvType::kFloat32) return merge_parts(t);
+  const FlushDenormals flush;
+  merge_parts(t);
+}
 
 void attend_tiles(const AttendTask& t) {
   if (t.type == KvType::kFloat32) return attend_typed<F32Element>(t);

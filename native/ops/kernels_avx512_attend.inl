@@ -96,7 +96,7 @@ struct PairFew {
 
   static void round(const float* x, int64_t n, uint16_t* out) {
     for (int64_t i = 0; i < n; i += 16) {
-      keep(out, i, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load_up_to(x + i, n - i).v)));
+      keep(out, i, round_query(x + i, n - i));
     }
   }
 

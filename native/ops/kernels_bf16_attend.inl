@@ -56,6 +56,12 @@ inline PairScratch split_pair_scratch(const AttendTask& t) {
   return s;
 }
 
+// 16 entries of a query, `left` of which exist; denormals become zero, as in the products.
+inline __m256i round_query(const float* x, int64_t left) {
+  if (left <= 0) return _mm256_setzero_si256();
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load_up_to(x, left).v));
+}
+
 struct Pair {
   F16 first;
   F16 second;
@@ -222,8 +228,8 @@ inline void score_latents(const AttendTask& t, const PairScratch& s,
 }
 
 // Scores -> bf16 weights of the first `count` positions, zero up to `end`.
-template <class PartScales>
-inline PartSoftmax weigh_scores(const PairScratch& s, const PartScales& scales, int64_t row,
+template <class Factors>
+inline PartSoftmax weigh_scores(const PairScratch& s, const Factors& scales, int64_t row,
                                 int64_t count, int64_t end, float scale) {
   auto* weights = reinterpret_cast<__m256i*>(s.weights(row));
   const PartSoftmax softmax =
@@ -265,9 +271,9 @@ inline bool weigh_values(const AttendTask& t, const PairScratch& s, const Places
                          float* parts) {
   uint8_t* other = s.values + kPartition * kGroup * 2;
   const bool is_finite = anyway || std::is_same_v<E, Int8Element>;
-  const auto pair = is_finite ? pair_values<E, false> : pair_values<E, true>;
-  const bool first_is_finite = pair(t, places, count, column, s.values);
-  const bool second_is_finite = pair(t, places, count, column + kGroup, other);
+  const auto take = is_finite ? pair_values<E, false> : pair_values<E, true>;
+  const bool first_is_finite = take(t, places, count, column, s.values);
+  const bool second_is_finite = take(t, places, count, column + kGroup, other);
   if (!first_is_finite || !second_is_finite) return false;
   const int64_t groups = (count + kGroup - 1) / kGroup;
   Dots::panels(s.weights(row), kPartition * 4, stop - row, s.values, other, groups,
@@ -317,9 +323,10 @@ inline void attend_many(const AttendTask& t) {
   Dots::begin();
   const PairScratch s = split_pair_scratch(t);
   for (int64_t r = 0; r < t.rows; ++r) {
-    uint16_t* row = s.q + r * s.key_pad;
-    to_bf16_row(t.q[r], t.key_dim, row);
-    for (int64_t d = t.key_dim; d < s.key_pad; ++d) row[d] = 0;
+    for (int64_t d = 0; d < s.key_pad; d += 16) {
+      auto* to = reinterpret_cast<__m256i*>(s.q + r * s.key_pad + d);
+      _mm256_store_si256(to, round_query(t.q[r] + d, t.key_dim - d));
+    }
   }
   if (t.values == nullptr) transpose_queries(t, s);
   walk_partitions<F32Element>(t, s, [&](int64_t first, int64_t count, float* parts) {

@@ -18,7 +18,7 @@ inline F16 scaled_weights(const F16& weights, const PartScales& scales, int64_t 
   return mul(weights, load(scales.values + at));
 }
 
-// 2^(x * factor) for x * factor <= 0 and factor > 0; 0 below 2^-126, NaN stays NaN.
+// 2^(x * factor) for x * factor <= 0 and factor > 2^-100; 0 below 2^-149, NaN stays NaN.
 inline F16 exp2_16(const F16& x, float factor) {
   const F16 by = set1(factor), magic = set1(kRoundMagic);
   const F16 y = max(set1(-150.0f / factor), x);
@@ -30,8 +30,8 @@ inline F16 exp2_16(const F16& x, float factor) {
 }
 
 // keep(at, bf16 weights of 16 positions, zero from `count` on) in order; the scores are read before.
-template <class PartScales, class Keep>
-inline PartSoftmax round_softmax(const float* scores, const PartScales& scales, int64_t count,
+template <class Factors, class Keep>
+inline PartSoftmax round_softmax(const float* scores, const Factors& scales, int64_t count,
                                  float scale, Keep&& keep) {
   const int64_t whole = count / 16 * 16;
   const __mmask16 rest = lane_mask(count - whole);

@@ -45,8 +45,8 @@ class DtypePolicy:
             return WeightDtype.FLOAT32
         if self.dtype not in (WeightDtype.INT8, WeightDtype.INT4):
             return self.dtype
-        is_inner_ffn = ".ffn." in name or ".experts." in name
-        if not is_inner_ffn or name.startswith(self._outer_layers):
+        is_ffn = ".ffn." in name or ".experts." in name
+        if not is_ffn or name.startswith(self._outer_layers):
             return self.outlier_dtype
         if self.dtype is WeightDtype.INT8 and self.outlier_dtype is WeightDtype.W8A8G64:
             return self.outlier_dtype

@@ -265,7 +265,7 @@ def _int4_row(row: F32, weight: Weight) -> F32:
 
 
 def _multiply_add(a: F32 | np.float32, b: F32, c: F32) -> F32:
-    """a * b + c; float64 holds the product exactly."""
+    """a * b + c, rounded once but for rare ties: float64 holds the product, not always the sum."""
     wide = np.multiply(a, b, dtype=np.float64) + c
     return wide.astype(np.float32)
 
