@@ -84,7 +84,7 @@ class CpuOps:
 
     @property
     def outlier_dtype(self) -> WeightDtype:
-        """Tiles multiply twice faster than a sum of every group can leave them."""
+        """w8a16 on tiles, which would have to be stored and scaled for every group."""
         return WeightDtype.W8A16 if self.isa == "amx" else WeightDtype.W8A8G64
 
     @property
