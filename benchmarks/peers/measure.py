@@ -174,7 +174,8 @@ def _measure_servers(
                     if row.reason or is_far_behind(row, _of_workload(rows, workload.name)):
                         continue
                     try:
-                        row.runs.append(server.measure(workload, repeat))
+                        run = partial(server.measure, workload, repeat)
+                        row.runs.append(undisturbed(server.pid, run))
                         _say(row)
                     except Unavailable as exc:
                         _excuse({(workload.name, entrant): row}, entrant, exc)

@@ -54,6 +54,11 @@ class ServerProcess:
             self._turns.stop()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Process id of the server, and of its group."""
+        return self._turns.pid
+
     def measure(self, workload: OnlineWorkload, seed: int) -> dict[str, float]:
         """Run the workload; metrics by name.
 

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from benchmarks.peers import foreign_load
 from benchmarks.peers.__main__ import load_rows, machine_name, merge, parse, write
 from benchmarks.peers.environment import Command, Unavailable, is_built, mark_built
-from benchmarks.peers.foreign_load import undisturbed
 from benchmarks.peers.llama_cpp import TILE_CONFIG, with_barrier
 from benchmarks.peers.measure import Plan, is_far_behind, measure
 from benchmarks.peers.models import RANDOM_MODELS, random_checkpoint
@@ -183,28 +183,17 @@ def test_new_rows_replace_old_ones(tmp_path: Path) -> None:
     assert machine_name(machine) == "some-cpu-r-9-avx2-2c"
 
 
-def test_a_disturbed_run_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    answers = iter([{"order": 1.0}, {"order": 2.0}, {"order": 3.0}])
-
-    def burn() -> None:
-        end_s = time.process_time() + 0.1
-        while time.process_time() < end_s:
-            pass
-
-    def run() -> dict[str, float]:
-        burn()  # this process is foreign to a worker that sleeps
-        return next(answers)
-
-    command = [sys.executable, "-c", "input()"]
-    with (
-        subprocess.Popen(command, stdin=subprocess.PIPE) as sleeper,
-        pytest.raises(StopIteration),
-    ):
-        undisturbed(sleeper.pid, run)
-    found = undisturbed(os.getpid(), lambda: burn() or {"order": 4.0})
-    assert found["order"] == 4.0
-    assert found["foreign_share"] >= 0.0
+def test_what_an_engine_and_its_children_burn_is_its_own() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass\n"
+    run = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])\n{burn}"
+    command = [sys.executable, "-c", f"{run}print('burnt', flush=True)\ninput()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as engine:
+        assert engine.stdout is not None
+        engine.stdout.readline()
+        engine_s = foreign_load._own_s(engine.pid) - foreign_load._own_s(-1)
+        assert engine_s >= 0.5
+        engine.communicate(b"\n")
 
 
 def _state(pid: int) -> str:
