@@ -1,98 +1,17 @@
 // Linear layers, norms and feed-forward networks: the split of the work over threads.
 #include <algorithm>
 
+#include "activations.h"
 #include "for_rows.h"
 #include "gemm.h"
 #include "ops.h"
+#include "share_out.h"
 
 namespace xds {
 namespace {
 
-constexpr int64_t kReadAhead = 256 << 10;  // bytes for each thread, within the second cache
-constexpr int64_t kBlockBytes = 1 << 20;   // of rows that stay in that cache
-constexpr int64_t kBlockRows = 128;        // of a block at least: it is worth reading the weight
 constexpr int64_t kGatedRows = 64;         // of a task whose products stay in the first cache
 constexpr int64_t kGatedBytes = 1 << 18;   // of gate and up products that are worth it
-
-// Rows as panel_gemm reads them.
-struct Activations {
-  const uint8_t* data;
-  ptrdiff_t stride;  // bytes
-  const float* row_scale;
-};
-
-// The rows of x that meet one group of a weight, and where the results go.
-struct Product {
-  const uint8_t* a;
-  ptrdiff_t a_stride;
-  int64_t rows;
-  const float* row_scale;
-  int64_t row_scale_stride;
-  int64_t group;
-  float* c;  // null when a sink takes the products
-  int64_t c_stride;
-};
-
-// Bytes of a row of n int8 activations, and from the coarse to the fine ones of w8a16.
-int64_t int8_row_bytes(int64_t n) { return round_up(n, 64); }
-
-// Bytes of a prepared row of n activations.
-int64_t row_bytes(const Kernels& kernels, DType dtype, int64_t n) {
-  if (dtype == DType::kInt4) return round_up(n, kInt4Group) / kInt4Group * kInt4RowBytes;
-  if (dtype == DType::kW8A8G64) return round_up(n, kInt8Group) / kInt8Group * kInt8GroupBytes;
-  if (is_int8(dtype)) return int8_row_bytes(n) * (dtype == DType::kW8A16 ? 2 : 1);
-  return round_up(n, step_width(dtype)) * kernels.bf16_item;
-}
-
-// Zeros up to the end of a k-step, and the offset that some instructions want.
-void finish_int8_row(const Kernels& kernels, int64_t n, uint8_t* row) {
-  const int64_t stop = round_up(n, 4);
-  std::fill(row + n, row + stop, uint8_t{0});
-  if (!kernels.s8_offset) return;
-  for (int64_t i = 0; i < stop; ++i) row[i] ^= 0x80;  // + 128
-}
-
-void prepare_row(const Kernels& kernels, DType dtype, const float* x, int64_t n, uint8_t* out,
-                 float* scale) {
-  if (dtype == DType::kBf16) return kernels.prepare_bf16(x, n, out);
-  if (dtype == DType::kInt4) return kernels.prepare_int4(x, n, out);
-  if (dtype == DType::kW8A8G64) return kernels.prepare_w8a8(x, n, out);
-  const int64_t length = int8_row_bytes(n);
-  auto* bytes = reinterpret_cast<int8_t*>(out);
-  *scale = dtype == DType::kInt8 ? kernels.quantize_row(x, n, bytes)
-                                 : kernels.split_row(x, n, bytes, bytes + length);
-  finish_int8_row(kernels, n, out);
-  if (dtype == DType::kW8A16) finish_int8_row(kernels, n, out + length);
-}
-
-// The rows of x [rows, n] (row stride `stride`) in the form the GEMM of `dtype` reads. With
-// swiglu, a row is silu(x[:n]) * x[n:2n], computed in place first. A product takes every
-// `groups`th row.
-Activations prepare(Context& ctx, float* x, int64_t rows, int64_t n, int64_t stride, DType dtype,
-                    bool swiglu, int64_t groups = 1) {
-  const Kernels& kernels = ctx.kernels;
-  Activations out{reinterpret_cast<const uint8_t*>(x), stride * 4, nullptr};
-  if (dtype == DType::kFloat32 && !swiglu) return out;
-  uint8_t* data = nullptr;
-  float* scales = nullptr;
-  if (dtype != DType::kFloat32) {
-    out.stride = round_up(row_bytes(kernels, dtype, n), 64);
-    out.data = data = ctx.activations.get<uint8_t>((rows + kRowSlack * groups) * out.stride);
-    out.row_scale = scales = ctx.row_scales.get<float>(rows);
-  }
-  for_rows(ctx, rows, n, [&](int64_t row, int) {
-    float* values = x + row * stride;
-    if (swiglu) kernels.silu_mul_row(values, values + n, n, values);
-    if (data) prepare_row(kernels, dtype, values, n, data + row * out.stride, scales + row);
-  });
-  return out;
-}
-
-// x is read only: without swiglu, prepare() does not write to it.
-Activations prepare(Context& ctx, const float* x, int64_t rows, int64_t n, DType dtype,
-                    int64_t groups = 1) {
-  return prepare(ctx, const_cast<float*>(x), rows, n, n, dtype, false, groups);
-}
 
 PanelTask panel_task(const Product& p, const Weight& w, int64_t panel, int64_t first_row,
                      int64_t rows, const float* bias) {
@@ -114,108 +33,6 @@ PanelTask panel_task(const Product& p, const Weight& w, int64_t panel, int64_t f
     task.col_sum = w.column_sums(p.group) + panel * kPanel;
   }
   return task;
-}
-
-// The work items of some products with one weight: (product, block of rows, panel, rows of the
-// block). A block of rows stays in the cache while one panel after the other is read. There is one
-// per thread, if there are rows enough: a thread then has the same rows in every operator.
-class Items {
- public:
-  struct Place {
-    const Product& product;
-    int64_t panel;
-    int64_t first_row;
-    int64_t rows;
-  };
-
-  // Each item is at most `chunk` rows of one of `panels` panels, for `threads` threads.
-  Items(const std::vector<Product>& products, int64_t panels, int64_t chunk, int threads)
-      : products_(products), panels_(panels), chunk_(chunk), threads_(threads) {
-    for (const Product& p : products) first_.push_back(first_.back() + chunks(p) * panels);
-  }
-
-  int64_t count() const { return first_.back(); }
-
-  Place place(int64_t item) const {
-    const auto after = std::upper_bound(first_.begin(), first_.end(), item);
-    const size_t index = static_cast<size_t>(after - first_.begin()) - 1;
-    const Product& p = products_[index];
-    const int64_t most = chunks_of_block(p);
-    const int64_t local = item - first_[index];
-    const int64_t block = local / (most * panels_);
-    const int64_t in_block = local - block * most * panels_;
-    const int64_t chunks_here = std::min(most, chunks(p) - block * most);
-    const int64_t first_row = (block * most + in_block % chunks_here) * chunk_;
-    return {p, in_block / chunks_here, first_row, std::min(chunk_, p.rows - first_row)};
-  }
-
- private:
-  int64_t chunks(const Product& p) const { return (p.rows + chunk_ - 1) / chunk_; }
-
-  int64_t chunks_of_block(const Product& p) const {
-    const int64_t wanted = std::max(kBlockRows, (p.rows + threads_ - 1) / threads_);
-    const int64_t rows = std::min(wanted, kBlockBytes / p.a_stride);
-    return std::max<int64_t>(1, (rows + chunk_ - 1) / chunk_);
-  }
-
-  const std::vector<Product>& products_;
-  const int64_t panels_;
-  const int64_t chunk_;
-  const int threads_;
-  std::vector<int64_t> first_{0};  // item of each product
-};
-
-// What each thread reads once its share of `w` is done: its first panels of the weight that is
-// likely to follow, or nothing.
-class Upcoming {
- public:
-  Upcoming(Context& ctx, const Weight& w) : pool_(ctx.pool), next_(ctx.succession.follow(w)) {
-    if (next_ != nullptr && next_->groups > 1) next_ = nullptr;  // of experts, who knows which
-  }
-
-  const uint8_t* begin(int thread) const {
-    return bytes(thread) > 0 ? next_->panel(0, share(thread).first) : nullptr;
-  }
-
-  // The thread goes on with it whenever it waits; the first bytes are `fetched` by then.
-  void read_ahead(int thread, int64_t fetched) const {
-    const int64_t left = std::min(bytes(thread), kReadAhead) - fetched;
-    if (left > 0) pool_.read_ahead(thread, begin(thread) + fetched, left);
-  }
-
- private:
-  ThreadPool::Share share(int thread) const { return pool_.share(next_->panels(), thread); }
-
-  int64_t bytes(int thread) const {
-    if (next_ == nullptr) return 0;
-    return (share(thread).stop - share(thread).first) * next_->panel_bytes();
-  }
-
-  ThreadPool& pool_;
-  const Weight* next_;
-};
-
-// compute(place, next, thread) for all items, shared out to the threads; `next` is the panel that
-// the thread reads after those of this item, or null.
-template <class Compute>
-void share_out(Context& ctx, const Items& items, const Weight& w, Compute&& compute) {
-  const Upcoming upcoming(ctx, w);
-  auto panel = [&](const Items::Place& at) { return w.panel(at.product.group, at.panel); };
-  auto body = [&](int64_t item, int thread) {
-    const Items::Place at = items.place(item);
-    const ThreadPool::Share own = ctx.pool.share(items.count(), thread);
-    if (item == own.first) upcoming.read_ahead(thread, w.panel_bytes());
-    const uint8_t* next = nullptr;
-    if (item >= own.first && item < own.stop) {  // else it is an item of a late thread
-      next = item + 1 < own.stop ? panel(items.place(item + 1)) : upcoming.begin(thread);
-    }
-    compute(at, next == panel(at) ? nullptr : next, thread);
-  };
-  if (items.count() * w.k * kPanel < kSmallWork) {
-    for (int64_t item = 0; item < items.count(); ++item) body(item, 0);
-  } else {
-    ctx.pool.for_each_in_shares(items.count(), body);
-  }
 }
 
 // Spreads the products over the threads.

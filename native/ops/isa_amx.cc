@@ -26,13 +26,12 @@ namespace {
 #include "kernels_amx_attend.inl"
 
 constexpr Kernels make_amx_table() {
-  Kernels table = make_table("amx");
+  Kernels table = make_table("amx", attend_tiles);
   table.begin_operator = forget_tiles;
   table.panel_gemm[1] = bf16_gemm;
   table.panel_gemm[2] = int8_gemm;
   table.panel_gemm[4] = w8a16_gemm;
   table.attend_rows = 128;  // tiles pair keys and values anew for each task
-  table.attend = attend_tiles;
   table.merge_parts = merge_tile_parts;
   return table;
 }

@@ -20,7 +20,7 @@ namespace {
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels table = make_table("avx2");
+  static constexpr Kernels table = make_table("avx2", attend_plain);
   return table;
 }
 

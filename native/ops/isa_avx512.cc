@@ -25,9 +25,8 @@ namespace {
 #include "kernels_avx512_attend.inl"
 
 constexpr Kernels make_avx512_table() {
-  Kernels table = make_table("avx512");
+  Kernels table = make_table("avx512", attend_bf16);
   table.attend_rows = 128;  // keys and values are paired anew for each task
-  table.attend = attend_bf16;
   return table;
 }
 }  // namespace

@@ -18,7 +18,7 @@ namespace {
 }  // namespace
 
 const Kernels& portable_kernels() {
-  static constexpr Kernels table = make_table("portable");
+  static constexpr Kernels table = make_table("portable", attend_plain);
   return table;
 }
 

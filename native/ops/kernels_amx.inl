@@ -9,8 +9,8 @@
 
 constexpr int64_t kTileSteps = 16;  // k-steps of one tile
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kBlockRows = 2 * kTileRows;
-static_assert(kRowSlack == kBlockRows - 1);
+constexpr int64_t kTileBlockRows = 2 * kTileRows;
+static_assert(kRowSlack == kTileBlockRows - 1);
 
 struct Bf16Tile {
   static void dot_first() {
@@ -77,7 +77,7 @@ inline void dot_tiles(const uint8_t* a, ptrdiff_t a_stride, bool both, const uin
 template <class Tile>
 inline void dot_last_tiles(const uint8_t* a, ptrdiff_t a_stride, int64_t rows, const uint8_t* b,
                            int64_t steps) {
-  alignas(64) uint8_t padded_a[kBlockRows * 64] = {};
+  alignas(64) uint8_t padded_a[kTileBlockRows * 64] = {};
   alignas(64) uint8_t padded_b[kTileSteps * kStepBytes] = {};
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(padded_a + r * 64, a + r * a_stride, static_cast<size_t>(4 * steps));
@@ -102,7 +102,7 @@ inline void store_tiles(void* out, ptrdiff_t pitch, bool both) {
 // The accumulators as rows of 32 sums.
 template <class T>
 struct alignas(64) TileSums {
-  T rows[kBlockRows][kPanel];
+  T rows[kTileBlockRows][kPanel];
 };
 
 // The accumulators become `rows` rows of `a`, at most 32, times the panel.
@@ -120,15 +120,15 @@ inline void multiply_block(const PanelTask& t, const uint8_t* a, int64_t rows, P
 }
 
 inline Prefetch fetch_next(const PanelTask& t) {
-  const bool is_one_pass = t.rows <= kBlockRows;
+  const bool is_one_pass = t.rows <= kTileBlockRows;
   return {t.next, t.steps * kStepBytes, kTileSteps * (is_one_pass ? kStepBytes / 64 : 1)};
 }
 
 // body(first, rows) for blocks of at most 32 rows.
 template <class Body>
 inline void for_row_blocks(int64_t count, Body&& body) {
-  for (int64_t first = 0; first < count; first += kBlockRows) {
-    body(first, lesser(kBlockRows, count - first));
+  for (int64_t first = 0; first < count; first += kTileBlockRows) {
+    body(first, lesser(kTileBlockRows, count - first));
   }
 }
 
@@ -137,7 +137,7 @@ void bf16_gemm(const PanelTask& t) {
   Prefetch fetch = fetch_next(t);
   for_row_blocks(t.rows, [&](int64_t first, int64_t rows) {
     multiply_block<Bf16Tile>(t, t.a + first * t.a_stride, rows, fetch);
-    if (rows == kBlockRows && t.cols == kPanel && t.bias == nullptr) {
+    if (rows == kTileBlockRows && t.cols == kPanel && t.bias == nullptr) {
       return store_tiles(t.c + first * t.c_stride, t.c_stride * 4, true);
     }
     TileSums<float> sums;
@@ -181,7 +181,7 @@ inline void write_int8(const PanelTask& t, int64_t first, int64_t rows, Value&& 
 inline bool is_for_vectors(const PanelTask& t) { return t.rows <= 2; }
 
 void int8_gemm(const PanelTask& t) {
-  if (is_for_vectors(t)) return panel_tiles<Int8Product, kWideRows>(t);
+  if (is_for_vectors(t)) return few_rows_gemm<Int8Product>(t);
   shape_tiles();
   fetch_columns(t);
   Prefetch fetch = fetch_next(t);
@@ -196,7 +196,7 @@ void int8_gemm(const PanelTask& t) {
 }
 
 void w8a16_gemm(const PanelTask& t) {
-  if (is_for_vectors(t)) return paired_gemm<panel_tiles<Int8Product, kWideRows>>(t);
+  if (is_for_vectors(t)) return paired_gemm<few_rows_gemm<Int8Product>>(t);
   shape_tiles();
   fetch_columns(t);
   Prefetch fetch = fetch_next(t);

@@ -48,8 +48,8 @@ struct TileDots {
     auto take = [&](int64_t row, int which, const float* results) {
       body(row, which, load(results), load(results + 16));
     };
-    for (int64_t row = 0; row < rows; row += kBlockRows, from += kBlockRows * a_stride) {
-      const int64_t here = lesser(kBlockRows, rows - row);
+    for (int64_t row = 0; row < rows; row += kTileBlockRows, from += kTileBlockRows * a_stride) {
+      const int64_t here = lesser(kTileBlockRows, rows - row);
       if (here <= kTileRows) {
         multiply_panels(from, a_stride, b, other, groups, block);
         for (int64_t r = 0; r < here; ++r) {

@@ -197,7 +197,7 @@ inline void with_element(const AttendTask& t, Body&& body) {
   }
 }
 
-void attend(const AttendTask& t) {
+inline void attend_plain(const AttendTask& t) {
   with_element(t, [&](auto element) { attend_typed<decltype(element)>(t); });
 }
 

@@ -116,9 +116,8 @@ inline void for_row_tiles(int64_t rows, Body&& body) {
   last_rows<Max - 1>(first, rows - first, body);
 }
 
-inline F16 finish(const PanelTask&, const F16& acc, int64_t, int64_t) { return acc; }
-
-inline F16 finish(const PanelTask& t, const I16& acc, int64_t row, int64_t col) {
+// An int8 sum with the scales of its row and columns.
+inline F16 scale_int8(const PanelTask& t, const I16& acc, int64_t row, int64_t col) {
   const F16 scale = mul(set1(t.row_scale[row * t.row_scale_stride]), load(t.col_scale + col));
   return mul(dot_result(acc, t.col_sum + col), scale);
 }
@@ -135,11 +134,6 @@ inline void write_value(const PanelTask& t, F16 value, int64_t row, int64_t col)
   store_n(out, value, lanes);
 }
 
-template <class Acc>
-inline void write_out(const PanelTask& t, const Acc& acc, int64_t row, int64_t col) {
-  write_value(t, finish(t, acc, row, col), row, col);
-}
-
 // The scales and sums of an int8 panel lie apart from it and are needed last.
 inline void fetch_columns(const PanelTask& t) {
   if (t.col_scale == nullptr) return;
@@ -149,35 +143,69 @@ inline void fetch_columns(const PanelTask& t) {
   }
 }
 
-template <class Product, int Rows>
+// How a panel is multiplied: Format has the type Acc of an accumulator, its zero(), the bytes kBytes
+// of a panel's step, add_steps<R, V>(acc, task, first row, half, fetch) and finish(task, acc, row,
+// col). A tile is R rows of V vectors from vector `half` on.
+template <class Format, int R, int V>
+inline void panel_tile(const PanelTask& t, int64_t first, int half, Prefetch& fetch) {
+  typename Format::Acc acc[R][V];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) acc[r][v] = Format::zero();
+  }
+  Format::template add_steps<R, V>(acc, t, first, half, fetch);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t col = 16 * (half + v);
+      if (col < t.cols) write_value(t, Format::finish(t, acc[r][v], first + r, col), first + r, col);
+    }
+  }
+}
+
+// Tiles of up to WideRows rows are as wide as the panel, higher ones Vecs vectors.
+template <class Format, int Rows, int WideRows, int Vecs>
 void panel_tiles(const PanelTask& t) {
+  constexpr int64_t kLines = Format::kBytes / 64;
   fetch_columns(t);
-  const bool is_one_pass = t.rows <= kWideRows;
-  Prefetch fetch(t.next, t.steps * kStepBytes, is_one_pass ? kStepBytes / 64 : 1);
+  const bool is_one_pass = t.rows <= WideRows;
+  Prefetch fetch(t.next, t.steps * Format::kBytes, is_one_pass ? kLines : kLines / 2);
   for_row_tiles<Rows>(t.rows, [&](auto size, int64_t first) {
     constexpr int R = size;
-    constexpr int V = R <= kWideRows ? 2 : kTileVecs;
+    constexpr int V = R <= WideRows ? 2 : Vecs;
     for (int half = 0; half < 2 && 16 * half < t.cols; half += V) {
-      typename Product::Acc acc[R][V];
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < V; ++v) acc[r][v] = Product::zero();
-      }
-      accumulate<Product, R, V>(acc, t.a + first * t.a_stride, t.a_stride, t.b + 64 * half,
-                                kStepBytes, t.steps, fetch);
-      for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < V; ++v) {
-          if (16 * (half + v) < t.cols) write_out(t, acc[r][v], first + r, 16 * (half + v));
-        }
-      }
+      panel_tile<Format, R, V>(t, first, half, fetch);
     }
   });
 }
 
+// Formats of one accumulator for all of k.
+template <class Product>
+struct Plain : Product {
+  static constexpr int64_t kBytes = kStepBytes;
+
+  template <int R, int V>
+  static void add_steps(typename Product::Acc (&acc)[R][V], const PanelTask& t, int64_t first,
+                        int half, Prefetch& fetch) {
+    accumulate<Product, R, V>(acc, t.a + first * t.a_stride, t.a_stride, t.b + 64 * half,
+                              kStepBytes, t.steps, fetch);
+  }
+
+  static F16 finish(const PanelTask&, const F16& acc, int64_t, int64_t) { return acc; }
+
+  static F16 finish(const PanelTask& t, const I16& acc, int64_t row, int64_t col) {
+    return scale_int8(t, acc, row, col);
+  }
+};
+
 // Few rows: the panel comes from memory, so read it once, in order, with wide tiles.
+template <class Product>
+void few_rows_gemm(const PanelTask& t) {
+  panel_tiles<Plain<Product>, kWideRows, kWideRows, kTileVecs>(t);
+}
+
 template <class Product, int Rows>
 void panel_gemm(const PanelTask& t) {
-  if (t.rows <= kFewRows) return panel_tiles<Product, kWideRows>(t);
-  panel_tiles<Product, Rows>(t);
+  if (t.rows <= kFewRows) return few_rows_gemm<Product>(t);
+  panel_tiles<Plain<Product>, Rows, kWideRows, kTileVecs>(t);
 }
 
 // Activations of 15 bits are 128 * coarse + fine, so they are two int8 products with one weight.

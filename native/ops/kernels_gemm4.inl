@@ -14,74 +14,61 @@ inline F16 add_scaled(const F16& acc, const F16& dot, const Int4Factors& a, cons
   return fused(set1(a.sum), low, fused(dot, mul(set1(a.scale), scale), acc));
 }
 
-// Adds group i of `groups` to the outputs of R rows.
-template <int R, int V>
-inline void add_group(F16 (&acc)[R][V], const uint8_t* const (&rows)[R], int64_t i, int64_t groups,
-                      const uint8_t* b, int half) {
-  I16 sums[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) sums[r][v] = int_zero();
+struct Int4Format {
+  using Acc = F16;
+  static constexpr int64_t kBytes = kInt4StepBytes;
+
+  static Acc zero() { return set1(0.0f); }
+
+  template <int R, int V>
+  static void add_steps(Acc (&acc)[R][V], const PanelTask& t, int64_t first, int half,
+                        Prefetch& fetch) {
+    const uint8_t* rows[R];
+    for (int r = 0; r < R; ++r) rows[r] = t.a + (first + r) * t.a_stride;
+    const uint8_t* b = t.b;
+    for (int64_t i = 0; i < t.steps; ++i, b += kInt4StepBytes) {
+      fetch.step();
+      add_group<R, V>(acc, rows, i, t.steps, b, half);
+    }
   }
+
+  // Adds group i of `groups`.
+  template <int R, int V>
+  static void add_group(Acc (&acc)[R][V], const uint8_t* const (&rows)[R], int64_t i,
+                        int64_t groups, const uint8_t* b, int half) {
+    I16 sums[R][V];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) sums[r][v] = int_zero();
+    }
 #pragma GCC unroll 1  // unrolled, compilers regroup the integer sums and spill them
-  for (int step = 0; step < 4; ++step) {
+    for (int step = 0; step < 4; ++step) {
+      for (int v = 0; v < V; ++v) {
+        const I16 bytes = load_bytes(b + kStepBytes * step + 64 * (half + v));
+        const I16 low = low_nibbles(bytes), high = high_nibbles(bytes);
+        for (int r = 0; r < R; ++r) {
+          const auto* a = reinterpret_cast<const int8_t*>(rows[r]) + i * kInt4Group + 8 * step;
+          sums[r][v] = nibble_dot(sums[r][v], low, a);
+          sums[r][v] = nibble_dot(sums[r][v], high, a + 4);
+        }
+      }
+    }
+    const uint8_t* scales = b + 4 * kStepBytes;
     for (int v = 0; v < V; ++v) {
-      const I16 bytes = load_bytes(b + kStepBytes * step + 64 * (half + v));
-      const I16 low = low_nibbles(bytes), high = high_nibbles(bytes);
+      const F16 scale = weight_factors(scales, half + v);
+      const F16 low = weight_factors(scales + 2 * kPanel, half + v);
       for (int r = 0; r < R; ++r) {
-        const auto* a = reinterpret_cast<const int8_t*>(rows[r]) + i * kInt4Group + 8 * step;
-        sums[r][v] = nibble_dot(sums[r][v], low, a);
-        sums[r][v] = nibble_dot(sums[r][v], high, a + 4);
+        acc[r][v] = add_scaled(acc[r][v], nibble_result(sums[r][v]),
+                               int4_factors_of(rows[r], groups)[i], scale, low);
       }
     }
   }
-  const uint8_t* scales = b + 4 * kStepBytes;
-  for (int v = 0; v < V; ++v) {
-    const F16 scale = weight_factors(scales, half + v);
-    const F16 low = weight_factors(scales + 2 * kPanel, half + v);
-    for (int r = 0; r < R; ++r) {
-      acc[r][v] = add_scaled(acc[r][v], nibble_result(sums[r][v]),
-                             int4_factors_of(rows[r], groups)[i], scale, low);
-    }
-  }
-}
 
-template <int R, int V>
-inline void int4_tile(const PanelTask& t, int64_t first, int half, Prefetch& fetch) {
-  const uint8_t* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = t.a + (first + r) * t.a_stride;
-  F16 acc[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) acc[r][v] = set1(0.0f);
-  }
-  const uint8_t* b = t.b;
-  for (int64_t i = 0; i < t.steps; ++i, b += kInt4StepBytes) {
-    fetch.step();
-    add_group<R, V>(acc, rows, i, t.steps, b, half);
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
-      if (16 * (half + v) < t.cols) write_out(t, acc[r][v], first + r, 16 * (half + v));
-    }
-  }
-}
-
-template <int Rows>
-void int4_tiles(const PanelTask& t) {
-  constexpr int64_t kLines = kInt4StepBytes / 64;
-  const bool is_one_pass = t.rows <= kInt4WideRows;
-  Prefetch fetch(t.next, t.steps * kInt4StepBytes, is_one_pass ? kLines : kLines / 2);
-  for_row_tiles<Rows>(t.rows, [&](auto size, int64_t first) {
-    constexpr int R = size;
-    constexpr int V = R <= kInt4WideRows ? 2 : 1;
-    for (int half = 0; half < 2 && 16 * half < t.cols; half += V) {
-      int4_tile<R, V>(t, first, half, fetch);
-    }
-  });
-}
+  static F16 finish(const PanelTask&, const F16& acc, int64_t, int64_t) { return acc; }
+};
 
 void int4_gemm(const PanelTask& t) {
-  if (t.rows <= kInt4FewRows) return int4_tiles<kInt4WideRows>(t);
-  int4_tiles<kInt4Rows>(t);
+  if (t.rows <= kInt4FewRows) return panel_tiles<Int4Format, kInt4WideRows, kInt4WideRows, 1>(t);
+  panel_tiles<Int4Format, kInt4Rows, kInt4WideRows, 1>(t);
 }
 
 // Quantize a row of n floats into ceil(n / 32) groups.

@@ -11,7 +11,8 @@ inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 #include "kernels_gemm4.inl"
 #include "kernels_gemm8.inl"
 
-constexpr Kernels make_table(const char* name) {
+// `attend`: the kernel of that name, as the instruction set has it.
+constexpr Kernels make_table(const char* name, void (*attend)(const AttendTask&)) {
   Kernels table{};
   table.name = name;
   table.s8_offset = kS8Offset;
