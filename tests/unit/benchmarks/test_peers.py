@@ -148,9 +148,11 @@ def test_ratio_is_against_the_best_variant_of_the_class() -> None:
 
 def test_a_peer_far_behind_is_not_measured_further() -> None:
     best, slow = row("a", "x", 10.0, 10.0), row("b", "x", 7.0, 7.0)
-    ours, new, hopeless = row(OURS, "bf16", 1.0), row("c", "x", 6.0), row("d", "x", 4.0)
-    rows = [best, slow, ours, new, hopeless]
-    assert [is_far_behind(each, rows) for each in rows] == [False, True, False, False, True]
+    ours, new, hopeless = row(OURS, "bf16", 1.0), row("c", "x", 6.5), row("d", "x", 4.0)
+    late, close = row("e", "x", 9.0, 9.0, 9.0), row("f", "x", 9.5, 9.5, 9.5)
+    rows = [best, slow, ours, new, hopeless, late, close]
+    expected = [False, True, False, False, True, True, False]
+    assert [is_far_behind(each, rows) for each in rows] == expected
     slow.runs = [run | {"prefill tok/s": 9.0} for run in slow.runs]  # the best of all at something
     assert not is_far_behind(slow, rows)
 
