@@ -143,6 +143,12 @@ class GatewayConfig:
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0 = any free one (printed).")
+    allowed_hosts: str = option(
+        "", "Names besides localhost that requests may call this machine by, with commas between."
+    )
+    admin_host: str = option("127.0.0.1", "Address of the admin API.")
+    admin_port: int = option(0, "Port of the admin API, which needs a key of its own; 0 = none.")
+    prices: str = option("", "Price table (YAML); without one tokens are counted and cost nothing.")
     max_body_bytes: int = option(10 << 20, "Largest request body.")
     max_messages: int = option(2048, "Most chat messages in a request.")
     max_n: int = option(8, "Most choices (n) per prompt.")
@@ -158,9 +164,16 @@ class GatewayConfig:
             self, "max_body_bytes", "max_messages", "max_n", "max_prompts", "max_stop",
             "max_stop_length", "max_logit_bias",
         )  # fmt: skip
-        _require(0 <= self.port <= 65535, f"port={self.port} must be between 0 and 65535")
+        for name in ("port", "admin_port"):
+            port = getattr(self, name)
+            _require(0 <= port <= 65535, f"{name}={port} must be between 0 and 65535")
         _require(self.drain_timeout_s >= 0, f"drain_timeout_s={self.drain_timeout_s} must be >= 0")
         _require(self.default_max_tokens >= 0, "default_max_tokens must be >= 0")
+
+    @property
+    def host_names(self) -> list[str]:
+        """`allowed_hosts`, and the name it listens on."""
+        return [self.host, *self.allowed_hosts.split(",")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

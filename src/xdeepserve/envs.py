@@ -101,6 +101,12 @@ RUN_DIR: Env[Path] = Env(
     Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()),
     "Where running services keep their sockets and state.",
 )
+DATABASE_URL: Env[str] = Env(
+    "XDEEPSERVE_DATABASE_URL",
+    str,
+    "",
+    "Accounts and bills: sqlite:///PATH or postgresql://...; unset: service.db in the home.",
+)
 ISA: Env[str] = Env(
     "XDEEPSERVE_ISA",
     _one_of("auto", "portable", "avx2", "avx512", "amx"),
@@ -135,6 +141,7 @@ XCCL_TRACE: Env[str] = Env(
 ALL: tuple[Env[Path] | Env[str] | Env[int | None], ...] = (
     HOME,
     RUN_DIR,
+    DATABASE_URL,
     ISA,
     NUM_THREADS,
     LOG_LEVEL,

@@ -15,10 +15,12 @@ class XDeepServeError(Exception):
         error_type: OpenAI `error.type`.
         code: OpenAI `error.code`, or None.
         param: name of the request field at fault, or None.
+        is_public: whether clients of the service may read the message.
     """
 
     status = 500
     error_type = "server_error"
+    is_public = True
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)

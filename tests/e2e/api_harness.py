@@ -15,7 +15,7 @@ from xdeepserve.config import GatewayConfig
 from xdeepserve.maas.app import create_app
 
 MODEL = "toy"
-BASE_URL = "http://edge"
+BASE_URL = "http://localhost"
 
 
 def make_app(

@@ -67,11 +67,11 @@ class Connection:
 
     def post(self, path: str, body: object) -> None:
         raw = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(raw)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n"
         self.writer.write(head.encode() + raw)
 
     def get(self, path: str) -> None:
-        head = f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        head = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         self.writer.write(head.encode())
 
     async def status(self) -> int:
@@ -202,7 +202,7 @@ async def test_bad_heads_are_cut_off(head: bytes) -> None:
         assert await _get(running.port, "/health") == 200
 
 
-@pytest.mark.parametrize("head", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n"])
+@pytest.mark.parametrize("head", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: localhost\r\n"])
 async def test_unfinished_heads_are_closed(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BoundedHttpProtocol, "head_timeout_s", 0.05)
     async with _running(ReplayEngine()) as running, _connect(running.port) as connection:
@@ -213,7 +213,7 @@ async def test_unfinished_heads_are_closed(head: bytes, monkeypatch: pytest.Monk
 async def test_an_unfinished_second_head_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BoundedHttpProtocol, "head_timeout_s", 0.05)
     async with _running(ReplayEngine()) as running, _connect(running.port) as connection:
-        connection.writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET / HT")
+        connection.writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET / HT")
         assert await connection.status() == 200
         await asyncio.wait_for(connection.rest(), 5)
 

@@ -19,6 +19,8 @@ COMMANDS: dict[str, str] = {
     "status": "show the workers of a running service",
     "scale": "change the number of workers of a running service",
     "rebalance": "move the experts of a running service to where their load wants them",
+    "admin": "tenants, their projects and API keys",
+    "usage": "what was used and what it cost, as a table, CSV or JSON",
     "chat": "talk to a running server in the terminal",
     "generate": "complete one prompt in this process and print it",
     "models": "list, inspect, pull and upcycle models",

@@ -7,7 +7,7 @@ import logging
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from xdeepserve import envs, garbage
 from xdeepserve.config import GatewayConfig, SloConfig
@@ -17,6 +17,9 @@ from xdeepserve.launch.deployment import ROLES, Deployment, ExpertRoleSpec, nami
 from xdeepserve.launch.deployment_file import load_deployment
 from xdeepserve.launch.flags import add_config_flags, override
 from xdeepserve.launch.logs import setup_logging
+
+if TYPE_CHECKING:
+    from xdeepserve.maas.access import Access
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +69,7 @@ def _add_worker_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; the address is bound before the model is loaded."""
+    from xdeepserve.launch.access import opened_accounts
     from xdeepserve.maas.server import bind
 
     if args.log_format is not None:
@@ -76,16 +80,21 @@ def run(args: argparse.Namespace) -> int:
     deployment = deployment_from_args(args)
     counts = {role: getattr(args, role) for role in ROLES if getattr(args, role) is not None}
     is_apart = bool(counts) or args.deployment is not None
-    with bind(deployment.gateway) as listener:
+    with bind(deployment.gateway) as listener, opened_accounts(deployment.gateway) as access:
         loaded = load_named(deployment.model, deployment.precision)
         names = args.served_model_name or [loaded.name]
         if is_apart and not args.colocated:
             from xdeepserve.launch.serve_cluster import serve_cluster
 
             return serve_cluster(
-                deployment, loaded, names=names, listener=listener, access_log=args.access_log
+                deployment,
+                loaded,
+                names=names,
+                listener=listener,
+                access=access,
+                access_log=args.access_log,
             )
-        return _serve_colocated(deployment, loaded, names, listener, args.access_log)
+        return _serve_colocated(deployment, loaded, names, listener, access, args.access_log)
 
 
 def _refuse_worker_flags(args: argparse.Namespace) -> None:
@@ -132,6 +141,7 @@ def _serve_colocated(
     loaded: LoadedModel,
     names: list[str],
     listener: socket.socket,
+    access: Access,
     access_log: bool,
 ) -> int:
     from xdeepserve.flowserve.build import build_engine
@@ -154,6 +164,7 @@ def _serve_colocated(
         model_names=names,
         defaults=SamplingDefaults.from_folder(loaded.tokenizer_dir),
         collectors=[StageCollector(times)],
+        access=access,
     )
     app.state.gateway.metrics.count_objectives(deployment.slo)
     engine.start()

@@ -24,6 +24,7 @@ from xdeepserve.launch.router_members import RouterMembers
 from xdeepserve.launch.run_dir import clean_dead_runs
 from xdeepserve.launch.service import ServiceConfig
 from xdeepserve.launch.worker.bodies import bodies_for
+from xdeepserve.maas.access import Access
 from xdeepserve.maas.app import create_app
 from xdeepserve.maas.server import make_server, url_of
 from xdeepserve.text.generation_config import SamplingDefaults
@@ -43,6 +44,7 @@ def serve_cluster(
     *,
     names: list[str],
     listener: socket.socket,
+    access: Access,
     access_log: bool,
 ) -> int:
     """Serve with workers until a signal; returns the exit code.
@@ -68,7 +70,7 @@ def serve_cluster(
     )
     tokenizer = Tokenizer.from_folder(loaded.tokenizer_dir)
     defaults = SamplingDefaults.from_folder(loaded.tokenizer_dir)
-    asyncio.run(_serve(service, tokenizer, defaults, names, listener, access_log))
+    asyncio.run(_serve(service, tokenizer, defaults, names, listener, access, access_log))
     return 0
 
 
@@ -78,6 +80,7 @@ async def _serve(
     defaults: SamplingDefaults,
     names: list[str],
     listener: socket.socket,
+    access: Access,
     access_log: bool,
 ) -> None:
     deployment = service.deployment
@@ -100,6 +103,7 @@ async def _serve(
             model_names=names,
             defaults=defaults,
             collectors=[collector],
+            access=access,
         )
         app.state.gateway.metrics.count_objectives(deployment.slo)
         server = make_server(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from prometheus_client.registry import Collector
 from starlette.applications import Starlette
@@ -11,10 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from xdeepserve.clock import SYSTEM_CLOCK, Clock
+from xdeepserve.clock import SYSTEM_CLOCK
 from xdeepserve.config import GatewayConfig
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import ConfigError, XDeepServeError
+from xdeepserve.maas.access import OPEN, Access, AccessMiddleware
 from xdeepserve.maas.chat import create_chat_completion
 from xdeepserve.maas.completions import create_completion
 from xdeepserve.maas.gateway import Gateway
@@ -25,6 +26,7 @@ from xdeepserve.maas.models import list_models, retrieve_model
 from xdeepserve.maas.prompts import PromptEncoder
 from xdeepserve.maas.request_id import RequestIdMiddleware
 from xdeepserve.maas.tokenize import detokenize, tokenize
+from xdeepserve.maas.usage import get_usage
 from xdeepserve.text.chat_template import ChatTemplate
 from xdeepserve.text.generation_config import SamplingDefaults
 from xdeepserve.text.tokenizer import Tokenizer
@@ -40,8 +42,12 @@ ROUTES = (
     Route("/detokenize", detokenize, methods=["POST"]),
     Route("/health", health, methods=["GET"]),
     Route("/ready", ready, methods=["GET"]),
-    Route("/metrics", get_metrics, methods=["GET"]),
 )
+KEYED_ROUTES = (Route("/v1/usage", get_usage, methods=["GET"]),)
+"""Of a service with keys."""
+
+OPEN_ROUTES = (Route("/metrics", get_metrics, methods=["GET"]),)
+"""Of a service without keys; else they are for the operator alone, on the admin listener."""
 
 
 def create_app(
@@ -50,9 +56,9 @@ def create_app(
     config: GatewayConfig,
     *,
     model_names: Sequence[str],
-    clock: Clock = SYSTEM_CLOCK,
     defaults: SamplingDefaults = PLAIN_SAMPLING,
     collectors: Sequence[Collector] = (),
+    access: Access = OPEN,
 ) -> Starlette:
     """The ASGI app over one engine. Its lifespan ends by closing the engine.
 
@@ -62,6 +68,7 @@ def create_app(
         model_names: names clients may use for the model, at least one; the first is canonical.
         defaults: sampling parameters for requests that name none.
         collectors: further metrics for `/metrics`; their `collect` must not block.
+        access: who gets in, and who pays.
 
     Raises:
         ConfigError: no name, or the model's chat template does not compile (ModelFormatError).
@@ -74,8 +81,11 @@ def create_app(
         template.check()
     prompts = PromptEncoder(tokenizer, template, engine.info)
     app = Starlette(
-        routes=ROUTES,
-        middleware=[Middleware(RequestIdMiddleware)],
+        routes=[*ROUTES, *(OPEN_ROUTES if access.keys is None else KEYED_ROUTES)],
+        middleware=[
+            Middleware(RequestIdMiddleware),
+            Middleware(AccessMiddleware, keys=access.keys, hosts=config.host_names),
+        ],
         exception_handlers={
             XDeepServeError: on_error,
             HTTPException: on_http_exception,
@@ -85,13 +95,14 @@ def create_app(
     )
     app.state.gateway = gateway = Gateway(
         engine=engine,
-        tokenizer=tokenizer,
         prompts=prompts,
         config=config,
         model_names=model_names,
-        clock=clock,
+        clock=SYSTEM_CLOCK,
         defaults=defaults,
+        billing=access.billing,
     )
+    app.state.access = access
     for collector in collectors:
         gateway.metrics.registry.register(collector)
     return app
@@ -100,8 +111,10 @@ def create_app(
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     gateway: Gateway = app.state.gateway
+    access: Access = app.state.access
     try:
-        yield
+        async with nullcontext() if access.admin is None else access.admin(gateway):
+            yield
     finally:
         gateway.begin_drain()
         gateway.prompts.close()

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xdeepserve.errors import RequestError
+from xdeepserve.maas.accounts.caller import Caller, caller_of
 from xdeepserve.maas.body import parse_json, read_body
 from xdeepserve.maas.choice import ChoiceDelta
 from xdeepserve.maas.disconnect import unless_disconnected
@@ -38,8 +39,9 @@ async def create_chat_completion(request: Request) -> Response:
     arrived_s = gateway.clock.monotonic()
     body = await read_body(request, max_bytes=gateway.config.max_body_bytes)
     chat = parse_json(body, ChatCompletionRequest)
-    gateway.admit(chat.model)
-    plan = await unless_disconnected(request.receive, _plan(chat, gateway, arrived_s))
+    caller = caller_of(request)
+    gateway.admit(chat.model, caller)
+    plan = await unless_disconnected(request.receive, _plan(chat, gateway, caller, arrived_s))
     request_id = new_request_id("chatcmpl")
     return GenerationResponse(
         gateway=gateway,
@@ -50,7 +52,9 @@ async def create_chat_completion(request: Request) -> Response:
     )
 
 
-async def _plan(chat: ChatCompletionRequest, gateway: Gateway, arrived_s: float) -> GenerationPlan:
+async def _plan(
+    chat: ChatCompletionRequest, gateway: Gateway, caller: Caller, arrived_s: float
+) -> GenerationPlan:
     _check_chat_fields(chat)
     params = sampling_params(
         chat,
@@ -71,7 +75,8 @@ async def _plan(chat: ChatCompletionRequest, gateway: Gateway, arrived_s: float)
         num_choices=chat.n or 1,
         options=options,
         arrived_s=arrived_s,
-        cache_salt=cache_salt(chat.cache_salt),
+        cache_salt=caller.salt(cache_salt(chat.cache_salt)),
+        caller=caller,
     )
 
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xdeepserve.errors import RequestError
+from xdeepserve.maas.accounts.caller import Caller, caller_of
 from xdeepserve.maas.body import parse_json, read_body
 from xdeepserve.maas.choice import ChoiceDelta
 from xdeepserve.maas.disconnect import unless_disconnected
@@ -39,8 +40,10 @@ async def create_completion(request: Request) -> Response:
     arrived_s = gateway.clock.monotonic()
     body = await read_body(request, max_bytes=gateway.config.max_body_bytes)
     completion = parse_json(body, CompletionRequest)
-    gateway.admit(completion.model)
-    plan, echoes = await unless_disconnected(request.receive, _plan(completion, gateway, arrived_s))
+    caller = caller_of(request)
+    gateway.admit(completion.model, caller)
+    work = _plan(completion, gateway, caller, arrived_s)
+    plan, echoes = await unless_disconnected(request.receive, work)
     request_id = new_request_id("cmpl")
     return GenerationResponse(
         gateway=gateway,
@@ -52,7 +55,7 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _plan(
-    completion: CompletionRequest, gateway: Gateway, arrived_s: float
+    completion: CompletionRequest, gateway: Gateway, caller: Caller, arrived_s: float
 ) -> tuple[GenerationPlan, list[str]]:
     """What to run, and the text in front of each choice (none without `echo`)."""
     params = _checked_params(completion, gateway)
@@ -65,7 +68,8 @@ async def _plan(
         num_choices=num_choices,
         options=options,
         arrived_s=arrived_s,
-        cache_salt=cache_salt(completion.cache_salt),
+        cache_salt=caller.salt(cache_salt(completion.cache_salt)),
+        caller=caller,
     )
     echoes = [await _echo(prompt, gateway) for prompt in prompts] if completion.echo else []
     return plan, [echo for echo in echoes for _ in range(num_choices)]

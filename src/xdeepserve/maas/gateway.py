@@ -14,16 +14,17 @@ from xdeepserve.clock import Clock
 from xdeepserve.config import GatewayConfig
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import EngineDeadError, NotFoundError
+from xdeepserve.maas.accounts.caller import Caller
 from xdeepserve.maas.choice import TextOptions
 from xdeepserve.maas.generation import Generation, GenerationPlan
 from xdeepserve.maas.http_errors import DrainingError
+from xdeepserve.maas.ledger.billing import Billing, Charge, Purchase
 from xdeepserve.maas.metrics import GatewayMetrics
 from xdeepserve.maas.prompts import PromptEncoder
 from xdeepserve.maas.sampling import stop_list
 from xdeepserve.maas.schema import Envelope, GenerationFields
 from xdeepserve.text.generation_config import SamplingDefaults
 from xdeepserve.text.stop_strings import StopAutomaton
-from xdeepserve.text.tokenizer import Tokenizer
 
 
 class Gateway:
@@ -31,54 +32,61 @@ class Gateway:
 
     Args:
         model_names: names under which the engine's model is served; the first is canonical.
+        billing: None where nobody pays.
     """
 
     def __init__(
         self,
         *,
         engine: EngineClient,
-        tokenizer: Tokenizer,
         prompts: PromptEncoder,
         config: GatewayConfig,
         model_names: Sequence[str],
         clock: Clock,
         defaults: SamplingDefaults,
+        billing: Billing | None = None,
     ) -> None:
         self.engine = engine
-        self.tokenizer = tokenizer
+        self.tokenizer = prompts.tokenizer
         self.prompts = prompts
         self.config = config
         self.model_names = tuple(model_names)
         self.clock = clock
         self.defaults = defaults
+        self._billing = billing
         self.metrics = GatewayMetrics(engine, self.model_names[0])
         self.started_s = int(clock.wall())
         self.system_fingerprint = _fingerprint(engine)
         self.is_draining = False
         self._running: set[Generation] = set()
 
-    def admit(self, model: str) -> None:
+    def admit(self, model: str, caller: Caller) -> None:
         """Whether a request may start at all.
 
         Raises:
-            NotFoundError: no such model is served.
+            NotFoundError: no such model is served, to them.
             DrainingError: the server is shutting down.
             EngineDeadError: the engine is gone.
         """
-        self.check_model(model)
+        self.check_model(model, caller)
         if self.is_draining:
             raise DrainingError("the server is shutting down; try another", code="draining")
         if not self.engine.is_alive():
             raise EngineDeadError("the engine is not running", code="engine_dead")
 
-    def check_model(self, model: str) -> None:
-        """Refuse a model name that is not served.
+    def models_for(self, caller: Caller) -> list[str]:
+        """The served names that exist for them; the first is canonical."""
+        return [name for name in self.model_names if caller.may_use(name)]
+
+    def check_model(self, model: str, caller: Caller) -> None:
+        """Refuse a model name that is not served to them.
 
         Raises:
             NotFoundError: with the names that are.
         """
-        if model not in self.model_names:
-            served = ", ".join(self.model_names)
+        names = self.models_for(caller)
+        if model not in names:
+            served = ", ".join(names) or "none with this key"
             raise NotFoundError(
                 f"the model {model[:200]!r} does not exist; served here: {served}",
                 code="model_not_found",
@@ -111,7 +119,12 @@ class Gateway:
 
     @asynccontextmanager
     async def run(self, plan: GenerationPlan, request_id: str) -> AsyncIterator[Generation]:
-        """Start a plan; whatever happens inside the block, nothing of it survives the block."""
+        """Start a plan; whatever happens inside the block, nothing of it survives the block.
+
+        Raises:
+            XDeepServeError: it cannot be paid for.
+        """
+        charge = await self._open_charge(plan, request_id)
         generation = Generation(
             plan,
             request_id,
@@ -119,6 +132,7 @@ class Gateway:
             tokenizer=self.tokenizer,
             metrics=self.metrics,
             clock=self.clock,
+            charge=charge,
         )
         self._running.add(generation)
         try:
@@ -127,6 +141,25 @@ class Gateway:
         finally:
             self._running.discard(generation)
             await generation.close()
+
+    @property
+    def billing(self) -> Billing:
+        """Of a service with keys; no route of others asks for it."""
+        assert self._billing is not None, "somebody pays"
+        return self._billing
+
+    async def _open_charge(self, plan: GenerationPlan, request_id: str) -> Charge | None:
+        if self._billing is None:
+            return None
+        return await self._billing.open(
+            Purchase(
+                request_id=request_id,
+                caller=plan.caller,
+                model=self.model_names[0],
+                num_prompt_tokens=plan.num_prompt_tokens,
+                max_completion_tokens=plan.max_output_tokens,
+            )
+        )
 
     @property
     def num_running(self) -> int:

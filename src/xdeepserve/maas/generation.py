@@ -17,7 +17,10 @@ import msgspec
 from xdeepserve.clock import Clock
 from xdeepserve.engine_api import EngineClient
 from xdeepserve.errors import EngineDeadError, XDeepServeError
+from xdeepserve.maas.accounts.caller import ANYBODY, Caller
 from xdeepserve.maas.choice import ChoiceDelta, ChoiceText, TextOptions, merge_deltas
+from xdeepserve.maas.ledger.billing import Charge
+from xdeepserve.maas.ledger.running_bill import RunningBill
 from xdeepserve.maas.metrics import GatewayMetrics
 from xdeepserve.maas.sampling import choice_seed
 from xdeepserve.messages import (
@@ -52,6 +55,7 @@ class GenerationPlan:
         options: how text is made of tokens.
         arrived_s: monotonic time of arrival.
         cache_salt: prefixes are shared only with requests of the same salt.
+        caller: who pays.
     """
 
     prompts: Sequence[tuple[list[int], SamplingParams]]
@@ -59,6 +63,17 @@ class GenerationPlan:
     options: TextOptions
     arrived_s: float
     cache_salt: str = ""
+    caller: Caller = ANYBODY
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(len(token_ids) for token_ids, _ in self.prompts)
+
+    @property
+    def max_output_tokens(self) -> int:
+        """Of all choices."""
+        return self.num_choices * sum(params.max_tokens for _, params in self.prompts)
 
 
 class Generation:
@@ -66,6 +81,7 @@ class Generation:
 
     Args:
         request_id: unique; the engine's request ids are made of it.
+        charge: counts what is used; None where nobody pays.
     """
 
     def __init__(
@@ -77,6 +93,7 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: GatewayMetrics,
         clock: Clock,
+        charge: Charge | None = None,
     ) -> None:
         self.requests = requests = _engine_requests(plan, request_id)
         self._engine = engine
@@ -88,8 +105,10 @@ class Generation:
         self._usages = [Usage(len(request.prompt_token_ids)) for request in requests]
         self._pending: dict[int, list[ChoiceDelta]] = {}
         self._news = asyncio.Event()
+        self._bill = RunningBill(charge, num_choices=plan.num_choices)
         self._num_open = len(requests)
         self._error: Exception | None = None
+        self._endings: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -129,10 +148,13 @@ class Generation:
         self._news.set()
 
     async def close(self) -> None:
-        """Stop pulling and abort whatever still runs; idempotent."""
+        """Stop pulling, abort whatever still runs, and close the charge. Call once."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._bill.close(self._endings)
 
     async def _pull(self, index: int) -> None:
         """One choice from submission to its end."""
@@ -144,6 +166,7 @@ class Generation:
             self._error = self._error or exc
         finally:
             self._num_open -= 1
+            self._endings.append(finish)
             self._metrics.on_finished(
                 timeline=self._timelines[index],
                 usage=self._usages[index],
@@ -182,6 +205,7 @@ class Generation:
         if text.num_unread:
             num_read = output.usage.num_output_tokens - text.num_unread
             self._usages[index] = msgspec.structs.replace(output.usage, num_output_tokens=num_read)
+        self._bill.take(index, self._usages[index])
         if not delta.is_empty:
             self._pending.setdefault(index, []).append(delta)
             self._news.set()

@@ -47,6 +47,12 @@ def internal_error(request_id: str) -> ErrorBody:
     return ErrorBody(ErrorDetail(message, "server_error", None, "internal_error"))
 
 
+def unavailable(error: XDeepServeError, request_id: str) -> ErrorBody:
+    """What a client sees of trouble inside that is not its business."""
+    message = f"The server cannot answer now; try again later (request id {request_id})."
+    return ErrorBody(ErrorDetail(message, error.error_type, None, error.code))
+
+
 def _reply(status: int, body: ErrorBody, headers: dict[str, str] | None = None) -> Response:
     content = msgspec.json.encode(body)
     return Response(content, status, headers, media_type="application/json")
@@ -56,8 +62,16 @@ def on_error(request: Request, exc: Exception) -> Response:
     """Answer an XDeepServeError."""
     assert isinstance(exc, XDeepServeError)
     headers = {"retry-after": str(RETRY_AFTER_S)} if exc.status == 503 else {}
+    if exc.code == "insufficient_quota":
+        headers["x-should-retry"] = "false"  # the official SDK would try again
+    if exc.status == 401:
+        headers["www-authenticate"] = "Bearer"
     if exc.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not worth reading
+    if not exc.is_public:
+        request_id = str(request.scope.get("request_id", "unknown"))
+        logger.error("request id %s: %s", request_id, exc.message)
+        return _reply(exc.status, unavailable(exc, request_id), headers)
     return _reply(exc.status, error_body(exc), headers)
 
 

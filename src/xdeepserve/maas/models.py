@@ -6,6 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from xdeepserve.maas.accounts.caller import caller_of
 from xdeepserve.maas.gateway import Gateway, gateway_of
 from xdeepserve.maas.schema import ModelCard, ModelList
 
@@ -16,16 +17,17 @@ def json_reply(body: msgspec.Struct) -> Response:
 
 
 async def list_models(request: Request) -> Response:
-    """All served names."""
+    """The served names that the caller may use."""
     gateway = gateway_of(request)
-    return json_reply(ModelList(data=[_card(name, gateway) for name in gateway.model_names]))
+    names = gateway.models_for(caller_of(request))
+    return json_reply(ModelList(data=[_card(name, gateway) for name in names]))
 
 
 async def retrieve_model(request: Request) -> Response:
     """One served name; 404 for others."""
     gateway = gateway_of(request)
     name = request.path_params["name"]
-    gateway.check_model(name)
+    gateway.check_model(name, caller_of(request))
     return json_reply(_card(name, gateway))
 
 

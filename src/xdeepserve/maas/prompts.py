@@ -42,7 +42,7 @@ class PromptEncoder:
     def __init__(
         self, tokenizer: Tokenizer, template: ChatTemplate | None, info: EngineInfo
     ) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = template
         self._info = info
         self._max_text_bytes = info.max_model_len * tokenizer.max_token_bytes
@@ -80,7 +80,7 @@ class PromptEncoder:
 
     async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         def work() -> list[int]:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         return work() if len(text) <= INLINE_CHARS else await self._off_loop(work, len(text))
 
@@ -93,7 +93,7 @@ class PromptEncoder:
         check_token_ids("tokens", token_ids, self._info)
 
         def work() -> str:
-            return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+            return self.tokenizer.decode(token_ids, skip_special_tokens=False)
 
         size = len(token_ids)
         return work() if size <= INLINE_CHARS else await self._off_loop(work, size)
@@ -130,7 +130,7 @@ class PromptEncoder:
         """Refuse what is too long before work goes into it."""
         if num_bytes <= self._max_text_bytes:
             return
-        at_least = -(-num_bytes // self._tokenizer.max_token_bytes)
+        at_least = -(-num_bytes // self.tokenizer.max_token_bytes)
         raise RequestError(
             f"the text has {num_bytes} bytes, so at least {at_least} tokens; the model's context "
             f"holds {self._info.max_model_len}; shorten it",

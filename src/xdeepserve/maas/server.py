@@ -170,13 +170,22 @@ def bind(config: GatewayConfig) -> socket.socket:
     Raises:
         ConfigError: the port is in use or the address is not ours.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    return _listen(config.host, config.port, "--host/--port")
+
+
+def bind_admin(config: GatewayConfig) -> socket.socket:
+    """Listening socket of the admin API; errors as `bind`."""
+    return _listen(config.admin_host, config.admin_port, "--admin-host/--admin-port")
+
+
+def _listen(host: str, port: int, flags: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as exc:
         reason = exc.strerror or str(exc)
         raise ConfigError(
-            f"cannot listen on {config.host}:{config.port}: {reason}; choose another --host/--port"
+            f"cannot listen on {host}:{port}: {reason}; choose another {flags}"
         ) from exc
 
 

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from xdeepserve.errors import RequestError
+from xdeepserve.maas.accounts.caller import caller_of
 from xdeepserve.maas.body import parse_json, read_body
 from xdeepserve.maas.disconnect import unless_disconnected
 from xdeepserve.maas.gateway import Gateway, gateway_of
@@ -25,7 +26,7 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, max_bytes=gateway.config.max_body_bytes)
     wanted = parse_json(body, TokenizeRequest)
     if wanted.model is not None:
-        gateway.check_model(wanted.model)
+        gateway.check_model(wanted.model, caller_of(request))
     tokens = await unless_disconnected(request.receive, _tokens(wanted, gateway))
     return json_reply(TokenizeReply(len(tokens), gateway.engine.info.max_model_len, tokens))
 
@@ -56,6 +57,6 @@ async def detokenize(request: Request) -> Response:
     body = await read_body(request, max_bytes=gateway.config.max_body_bytes)
     wanted = parse_json(body, DetokenizeRequest)
     if wanted.model is not None:
-        gateway.check_model(wanted.model)
+        gateway.check_model(wanted.model, caller_of(request))
     work = gateway.prompts.decode(wanted.tokens)
     return json_reply(DetokenizeReply(await unless_disconnected(request.receive, work)))

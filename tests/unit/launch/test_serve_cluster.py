@@ -15,6 +15,7 @@ from xdeepserve.errors import ConfigError
 from xdeepserve.launch.compose import LoadedModel
 from xdeepserve.launch.deployment import Deployment
 from xdeepserve.launch.serve_cluster import serve_cluster
+from xdeepserve.maas.access import OPEN
 
 
 @pytest.mark.parametrize(
@@ -30,5 +31,7 @@ def test_a_kv_cache_that_cannot_be(limits: EngineConfig, message: str) -> None:
     deployment = replace(Deployment(model="none"), limits=limits)
     with run_folder() as folder, socket.socket() as listener:
         with pytest.raises(ConfigError, match=message):
-            serve_cluster(deployment, loaded, names=["none"], listener=listener, access_log=False)
+            serve_cluster(
+                deployment, loaded, names=["none"], listener=listener, access=OPEN, access_log=False
+            )
         assert list(folder.iterdir()) == []

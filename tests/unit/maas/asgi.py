@@ -41,6 +41,7 @@ class Call:
         method: str = "POST",
         headers: dict[str, str] | None = None,
         chunks: list[bytes] | None = None,
+        query: str = "",
     ) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.sent: list[Message] = []
@@ -60,7 +61,7 @@ class Call:
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "headers": [(k.encode(), v.encode()) for k, v in (headers or {}).items()],
             "client": ("127.0.0.1", 1),

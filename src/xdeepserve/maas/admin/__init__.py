@@ -1,0 +1,1 @@
+"""The admin API: its own listener, its own keys."""

@@ -1,0 +1,1 @@
+"""The database of the Tokens service: connections, transactions, schema."""
