@@ -153,20 +153,14 @@ class LedgerWriter:
                 meters.close()
 
     def _reserve(self, asked: Sequence[tuple[Order, Future[None]]]) -> None:
-        """In the order of tenants, as `settle` locks budgets."""
         wanted = [(o, done) for o, done in asked if done.set_running_or_notify_cancel()]
         if not wanted:
             return
-        wanted.sort(key=lambda pair: pair[0].tenant_id)
         failed: XDeepServeError | None = DatabaseError("the ledger failed; try again")
-        refused: dict[str, XDeepServeError] = {}
+        refused: dict[str, QuotaError] = {}
         try:
             with self._database.writing() as connection:
-                for order, _ in wanted:
-                    try:
-                        reserve(connection, order)
-                    except QuotaError as exc:
-                        refused[order.request_id] = exc
+                refused = reserve(connection, [order for order, _ in wanted])
             failed = None
         except DatabaseError as exc:
             failed = exc

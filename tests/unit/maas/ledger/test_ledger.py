@@ -47,7 +47,9 @@ def budgets(database: Database, clock: FakeClock) -> Budgets:
 
 def do_reserve(database: Database, wanted: Order) -> None:
     with database.writing() as connection:
-        reserve(connection, wanted)
+        refused = reserve(connection, [wanted])
+    for error in refused.values():
+        raise error
 
 
 def do_settle(database: Database, *done: Metered, now_us: int = NOW_US + 9) -> None:
@@ -213,3 +215,28 @@ def test_many_at_once_do_not_overspend(database: Database, key: ApiKey, budgets:
     assert outcomes.count("refused") > 0
     assert_books_balance(database)
     assert budgets.show("a").left_micro < 70  # type: ignore[union-attr]
+
+
+def test_of_many_at_once_those_run_that_are_covered(
+    database: Database, key: ApiKey, budgets: Budgets
+) -> None:
+    other = new_key(database, "b")
+    budgets.add_credit("a", 100)
+    wanted = [
+        order(key, "r1", most=60),
+        order(other, "s1", most=10**9),
+        order(key, "r2", most=60),
+        order(key, "r3", most=40),
+    ]
+    with database.writing() as connection:
+        refused = reserve(connection, wanted)
+    assert set(refused) == {"r2"}
+    assert "the balance has 40 left" in refused["r2"].message
+    assert {row["request_id"] for row in rows(database, RESERVATIONS)} == {"r1", "r3", "s1"}
+    assert_books_balance(database)
+    endings = {"r1": Ending.STOP, "r2": Ending.STOP, "r3": Ending.REFUSED, "s1": Ending.ABORT}
+    do_settle(database, *(over(name, ending=ending) for name, ending in endings.items()))
+    found = {row["request_id"]: row["finish_reason"] for row in rows(database, CHARGES)}
+    assert found == {"r1": "stop", "s1": "abort"}
+    assert rows(database, RESERVATIONS) == []
+    assert_books_balance(database)

@@ -57,7 +57,10 @@ class Books:
         request_id = f"{tenant}-{number}"
         try:
             with self.database.writing() as connection:
-                reserve(connection, order(self.keys[tenant], request_id, most=MOST))
+                wanted = [order(self.keys[tenant], request_id, most=MOST)]
+                refused = reserve(connection, wanted)
+            for error in refused.values():
+                raise error
         except DuplicateError:
             assert request_id in self.reserved
         except QuotaError:
