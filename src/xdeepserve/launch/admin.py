@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from xdeepserve.launch.accounts import opened_database
 from xdeepserve.maas.accounts.accounts import Accounts
 from xdeepserve.maas.accounts.records import ApiKey, KeyLimits, NewKey, Project, Scope, Tenant
-from xdeepserve.maas.ledger.budgets import Budget, Budgets
+from xdeepserve.maas.ledger.budgets import MAX_MICRO, Budget, Budgets
 from xdeepserve.maas.storage.database import Database
 
 Record = Tenant | Project | ApiKey | NewKey | Budget
@@ -23,6 +23,7 @@ Action = Callable[[Database, argparse.Namespace], Sequence[Record]]
 
 _DAY_S: Final = 86_400
 _MICRO: Final = 1_000_000
+MAX_DAYS: Final = 36_500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,11 +104,26 @@ def money(text: str) -> int:
     """
     try:
         micro = Decimal(text) * _MICRO
-        if micro == micro.to_integral_value():
+        if abs(micro) <= MAX_MICRO and micro == micro.to_integral_value():
             return int(micro)
-    except (InvalidOperation, OverflowError, ValueError):
+    except ArithmeticError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is not an amount like 12.50, to six decimals")
+
+
+def days(text: str) -> float:
+    """How long a key is good.
+
+    Raises:
+        ArgumentTypeError: not a number of days above 0, or more than a century.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= MAX_DAYS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days, up to {MAX_DAYS}")
+    return number
 
 
 def _action(actions: Any, name: str, text: str, action: Action) -> argparse.ArgumentParser:
@@ -155,7 +171,7 @@ def _add_key(actions: Any) -> None:
     create.add_argument(
         "--networks", nargs="+", default=[], help="only from these addresses or CIDR ranges"
     )
-    create.add_argument("--days", type=float, help="how long it is good (default: for ever)")
+    create.add_argument("--days", type=days, help="how long it is good (default: for ever)")
     listing = _action(
         actions, "list", "of all, or one", lambda db, args: Accounts(db).list_keys(args.tenant)
     )

@@ -148,7 +148,7 @@ class Generation:
         self._news.set()
 
     async def close(self) -> None:
-        """Stop pulling, abort whatever still runs, and close the charge. Call once."""
+        """Stop pulling, abort whatever still runs, and close the charge. Idempotent."""
         for task in self._tasks:
             task.cancel()
         try:

@@ -211,6 +211,7 @@ def make_server(
         log_config=None,
         access_log=access_log,
         server_header=False,
+        proxy_headers=False,  # anybody could say to be somewhere else
         limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=CLOSE_TIMEOUT_S,

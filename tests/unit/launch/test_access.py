@@ -121,3 +121,35 @@ def test_errors_are_one_line(
 def test_an_open_service_does_without_a_database_library() -> None:
     check = "import sys, xdeepserve.launch.access; sys.exit('sqlalchemy' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["key", "create", "--tenant", "a", "--days", "nan"],
+        ["key", "create", "--tenant", "a", "--days", "1e9"],
+        ["budget", "credit", "1.0000001", "--tenant", "a"],
+        ["budget", "credit", "1e999999999", "--tenant", "a"],
+        ["budget", "monthly", "much", "--tenant", "a"],
+    ],
+)
+def test_numbers_that_are_none_are_said_to_be(
+    path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["admin", *arguments])
+    assert "is not a" in capsys.readouterr().err
+
+
+def test_budgets(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    admin(capsys, "tenant", "create", "acme")
+    assert admin(capsys, "budget", "show", "--tenant", "acme") == []
+    (made,) = admin(capsys, "budget", "credit", "12.5", "--tenant", "acme", "--note", "paid")
+    assert (made["kind"], made["amount_micro"]) == ("prepaid", 12_500_000)
+    assert admin(capsys, "budget", "show", "--tenant", "acme") == [made]
+    assert main(["admin", "budget", "show", "--tenant", "acme"]) == 0
+    assert "left 12.500000" in capsys.readouterr().out
+    assert main(["admin", "budget", "monthly", "5", "--tenant", "acme"]) == 1
+    assert "cannot become monthly" in capsys.readouterr().err
+    assert main(["usage", "--tenant", "acme"]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["day", "requests"]

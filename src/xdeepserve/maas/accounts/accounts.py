@@ -20,6 +20,9 @@ DEFAULT_PROJECT: Final = "default"
 
 MAX_LIMIT_ENTRIES: Final = 100
 
+MAX_TIME_US: Final = 253_402_300_799_000_000
+"""The end of the year 9999."""
+
 
 class Accounts:
     """Reads and writes accounts.
@@ -93,8 +96,12 @@ class Accounts:
         """
         limits = _checked_limits(limits or KeyLimits())
         now_us = self._now_us()
-        if expires_us is not None and expires_us <= now_us:
-            raise RequestError("the key would have expired already; choose a later time")
+        if expires_us is not None and not now_us < expires_us <= MAX_TIME_US:
+            raise RequestError(
+                f"expires_us={expires_us} must be after now ({now_us}) and at most {MAX_TIME_US} "
+                "microseconds since the epoch",
+                param="expires_us",
+            )
         secret = new_secret()
         with self._database.writing() as connection:
             owner = _find_project(connection, find_tenant(connection, tenant), project)

@@ -44,9 +44,10 @@ class RunningBill:
         self._charge.record(self._counts)
 
     def close(self, endings: Sequence[str]) -> None:
-        """The request is over; `endings` are the finish reasons of its choices."""
-        if self._charge is not None:
-            self._charge.close(self._ending(set(endings)))
+        """The request is over; `endings` are the finish reasons of its choices. Idempotent."""
+        charge, self._charge = self._charge, None  # whatever comes late counts for nobody
+        if charge is not None:
+            charge.close(self._ending(set(endings)))
 
     def _ending(self, reasons: set[str]) -> Ending:
         if FinishReason.ERROR in reasons:
